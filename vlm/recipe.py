@@ -1,0 +1,223 @@
+"""What a recipe may say: model, objectives, data, optimiser, schedule, training, evaluation."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from vlm.paths import find_yaml, read_yaml
+from vlm.schema import Strict, apply_overrides, validate
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def _name_only(value: Any) -> Any:
+    """A bare string is short for `{name: STRING}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class ImageEncoderSpec(Strict):
+    """A frozen (or trained) image encoder.
+
+    layer: which hidden state is read, counted from the end (-1: the last; -2: LLaVA's and BLIP-2's choice).
+    drop_cls: leave prefix tokens (CLS, registers) out of the token output.
+    image_size: pixels; the part's own if not given.
+    """
+
+    name: str
+    layer: int = -1
+    drop_cls: bool = True
+    image_size: int | None = Field(default=None, ge=1)
+    precision: Precision = "auto"
+
+
+class LoraSpec(Strict):
+    """Low-rank adapters in the language model (Hu et al. 2021), through peft, scoped to the language model by path.
+
+    targets: ends of linear layers' names; `all-linear` means every linear layer but the vocabulary projection.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class LanguageModelSpec(Strict):
+    """A frozen (or trained) language model, decoder-only or encoder-decoder, with optional LoRA."""
+
+    name: str
+    lora: LoraSpec | None = None
+    precision: Precision = "auto"
+
+
+class ProjectionSpec(Strict):
+    """The projection bridge: image tokens to the language model's width.
+
+    type: `linear`, or `mlp` with `depth` linear layers and GELU between them (LLaVA-1.5: 2).
+    reduce: `none`, `pool` (adaptive average to a `tokens` grid) or `pixel_shuffle` by `factor` (nanoVLM, Idefics3).
+    input_norm: layer norm on the image tokens, for encoders that end without one.
+    match_embeddings: scale the initial output to the RMS of the language model's token embeddings.
+    """
+
+    type: Literal["linear", "mlp"] = "mlp"
+    depth: int = Field(default=2, ge=2, le=8)
+    reduce: Literal["none", "pool", "pixel_shuffle"] = "none"
+    tokens: int | None = Field(default=None, ge=1)
+    factor: int = Field(default=2, ge=2)
+    input_norm: bool = False
+    match_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _tokens_go_with_pooling(self) -> "ProjectionSpec":
+        if (self.reduce == "pool") != (self.tokens is not None):
+            raise ValueError("`tokens` is the number of image tokens after `reduce: pool`: give both or neither")
+        return self
+
+
+class GenerativeSpec(Strict):
+    """The projection family (LLaVA): image tokens spliced into a language model's prompt.
+
+    template: a name of `vlm.data.conversation.TEMPLATES`, `tokenizer` for the tokeniser's own chat template, or
+    jinja text with `{% generation %}` blocks around what the model says.
+    """
+
+    type: Literal["generative"] = "generative"
+    image_encoder: Annotated[ImageEncoderSpec, Field()]
+    bridge: ProjectionSpec = ProjectionSpec()
+    language_model: LanguageModelSpec
+    template: str = "tokenizer"
+
+    _short = field_validator("image_encoder", "language_model", mode="before")(_name_only)
+
+
+class ObjectiveSpec(Strict):
+    """One objective of `vlm.objectives.OBJECTIVES` and its share of the loss."""
+
+    name: str
+    weight: float = Field(default=1.0, ge=0)
+
+
+class DataSpec(Strict):
+    """One source of training samples.
+
+    dataset: a name under `datasets/`, a YAML file, or (with `format`) a file or folder of yours.
+    use: what to train on: `captions`, `vqa` or `conversation`; by default whatever the record holds.
+    prompt: for captions, the user's text before the caption; `<image>` marks the picture.
+    share_image: put all questions of a picture into one sequence behind one copy of its tokens.
+    weight: relative sampling weight in the mixture; by default the number of samples.
+    """
+
+    dataset: str
+    split: str = "train"
+    format: str | None = None
+    images: str | None = None
+    use: Literal["auto", "captions", "vqa", "conversation"] = "auto"
+    prompt: str = "<image>"
+    share_image: bool = True
+    weight: float | None = Field(default=None, gt=0)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class DataSection(Strict):
+    """All training data.
+
+    max_broken: share of broken samples past which training stops.
+    max_length: tokens of a sequence, image tokens included; by default the language model's context.
+    cache_features: compute frozen image features once and keep them on disk.
+    workers: processes that read ahead; 0 reads in the training process.
+    """
+
+    train: list[DataSpec] = Field(min_length=1)
+    max_broken: float = Field(default=0.001, ge=0, le=1)
+    max_length: int | None = Field(default=None, ge=8)
+    cache_features: bool = True
+    workers: int = Field(default=0, ge=0)
+
+
+class OptimizerSection(Strict):
+    """AdamW. `groups` gives learning rates by name pattern, e.g. `{"language_model.lora.*": 2.0e-4}`."""
+
+    lr: float = Field(gt=0)
+    groups: dict[str, float] = {}
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_grad: float | None = Field(default=1.0, gt=0)
+
+
+class ScheduleSection(Strict):
+    """Learning rate over time: linear warm-up from `warmup_start`, then `name` down to `min_lr`, as shares of lr.
+
+    warmup: steps if 1 or more, else share of all steps.
+    """
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.03, ge=0)
+    warmup_start: float = Field(default=0.0, ge=0, le=1)
+    min_lr: float = Field(default=0.0, ge=0, le=1)
+
+
+class TrainSection(Strict):
+    """The loop.
+
+    batch_size: samples of one optimiser step over all processes; with `share_image` a sample is a picture with its
+    questions. micro_batch_size: samples that go through the model at once (memory); the result does not depend on it.
+    """
+
+    batch_size: int = Field(ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    seed: int = 0
+    precision: Precision = "auto"
+    compile: bool = False
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    sample_every: int = Field(default=0, ge=0)
+    max_bad_steps: int = Field(default=10, ge=1)
+    track: list[Literal["tensorboard", "trackio"]] = []
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        return self
+
+
+class EvaluationSection(Strict):
+    """Benchmarks scored while training: every `every` steps (0: only at the end) on the first `limit` samples."""
+
+    benchmarks: list[str] = []
+    every: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class Recipe(Strict):
+    """One experiment. `trainable` lists name patterns of what learns; everything else is frozen."""
+
+    model: GenerativeSpec
+    objectives: list[ObjectiveSpec] = [ObjectiveSpec(name="lm")]
+    data: DataSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+    evaluation: EvaluationSection = EvaluationSection()
+    trainable: list[str] = Field(default=["bridge.*"], min_length=1)
+    init_from: str | None = None
+    output: str
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _objective_names(cls, value: Any) -> Any:
+        return [_name_only(item) for item in value] if isinstance(value, list) else value
+
+
+def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe in a file, or the shipped one of that name, with `KEY=VALUE` overrides applied.
+
+    Raises VlmError that names the file and the key, with the nearest known key where one is unknown.
+    """
+    path = find_yaml("recipes", str(name))
+    return validate(Recipe, apply_overrides(read_yaml(path), list(overrides)), where=str(path))

@@ -1,0 +1,91 @@
+"""The strict base of every YAML schema: unknown keys are errors that suggest the nearest known key."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from vlm.errors import VlmError, did_you_mean
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suggest_known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    hint = did_you_mean(str(key), cls.model_fields)
+                    raise PydanticCustomError("unknown_key", "{text}", {"text": f"unknown key {key!r}{hint}"})
+        return data
+
+
+Schema = TypeVar("Schema", bound=Strict)
+
+
+def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schema:
+    """`content` as a `schema`; every problem becomes one line that names the key. Raises VlmError."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            given = "" if problem["type"] in ("unknown_key", "missing") else f" (got {_short(problem['input'])})"
+            problems.append(f"{key + ': ' if key else ''}{problem['msg']}{given}")
+        raise VlmError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def apply_overrides(content: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """A copy of `content` with each `KEY=VALUE` applied: KEY is a dotted path, VALUE is read as YAML.
+
+    `train.steps=10`, `data.train.0.weight=2`, `model.language_model.lora.rank=8`. Raises VlmError on a malformed one.
+    """
+    result = yaml.safe_load(yaml.safe_dump(content))
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path.strip():
+            raise VlmError(f"override {text!r}: expected KEY=VALUE, e.g. train.steps=10")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise VlmError(f"override {text!r}: the value is not plain YAML") from error
+        _set(result, path.strip().split("."), parsed, text)
+    return result
+
+
+def _set(node: Any, keys: list[str], value: Any, text: str) -> None:
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise VlmError(f"override {text!r}: {'.'.join(keys[:depth])} is a list of {len(node)}; give an index")
+            index: Any = int(key)
+        elif isinstance(node, dict):
+            index = key
+        else:
+            raise VlmError(f"override {text!r}: {'.'.join(keys[:depth])} holds a value, not keys")
+        if last:
+            node[index] = value
+        elif isinstance(node, dict) and not isinstance(node.get(index), (dict, list)):
+            # `language_model: NAME` is short for `language_model: {name: NAME}`.
+            node[index] = {"name": node[index]} if isinstance(node.get(index), str) else {}
+            node = node[index]
+        else:
+            node = node[index]
+
+
+def dump_yaml(content: dict[str, Any], path: Path) -> None:
+    """Write a mapping as YAML in the order of its keys."""
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120), encoding="utf-8")
