@@ -1,0 +1,40 @@
+"""Benchmarks: the runner, the metrics by their official protocols, baselines, intervals and the report."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Resolved on first use: a metric does not pay for the runner's imports.
+_PUBLIC = {
+    "Benchmark": "vlm.evaluation.benchmark",
+    "EvaluationResult": "vlm.evaluation.runner",
+    "VqaScores": "vlm.evaluation.vqa",
+    "bootstrap_interval": "vlm.evaluation.intervals",
+    "evaluate": "vlm.evaluation.runner",
+    "load_benchmark": "vlm.evaluation.benchmark",
+    "vqa_accuracy": "vlm.evaluation.vqa",
+}
+__all__ = [
+    "Benchmark",
+    "EvaluationResult",
+    "VqaScores",
+    "bootstrap_interval",
+    "evaluate",
+    "load_benchmark",
+    "vqa_accuracy",
+]
+
+if TYPE_CHECKING:
+    from vlm.evaluation.benchmark import Benchmark, load_benchmark
+    from vlm.evaluation.intervals import bootstrap_interval
+    from vlm.evaluation.runner import EvaluationResult, evaluate
+    from vlm.evaluation.vqa import VqaScores, vqa_accuracy
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'vlm.evaluation' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
