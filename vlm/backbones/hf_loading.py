@@ -1,0 +1,56 @@
+"""Loading transformers parts so that every key of the checkpoint is used or known to be unused."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from vlm.errors import VlmError
+
+# Keys that carry no weights: buffers older versions saved.
+BUFFERS = (r"(.*\.)?position_ids", r"(.*\.)?num_batches_tracked")
+
+
+def load_config(reference: str) -> Any:
+    """The configuration of a hub id or local folder. Raises VlmError if there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(reference)
+    except (OSError, ValueError) as error:
+        raise VlmError(f"hf:{reference}: no such folder and no such model on the hub: {_first_line(error)}") from error
+
+
+def load_strictly(cls: Any, reference: str, unused: Iterable[str] = (), optional: Iterable[str] = (), **options: Any):  # type: ignore[no-untyped-def]
+    """`cls.from_pretrained(reference)` with every key accounted for; returns (model, missing optional keys).
+
+    unused: patterns of checkpoint keys that may be left over (the other tower, a classifier).
+    optional: patterns of the model's keys that the checkpoint may lack.
+    Raises VlmError that names the keys.
+    """
+    try:
+        model, info = cls.from_pretrained(reference, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VlmError(f"hf:{reference}: {_first_line(error)}") from error
+    missing = {str(key) for key in info["missing_keys"]}
+    absent = {key for key in missing if _any(optional, key)}
+    wrong = {
+        "missing": missing - absent,
+        "left over": {str(k) for k in info["unexpected_keys"] if not _any((*unused, *BUFFERS), str(k))},
+        "of another shape": {str(k[0] if isinstance(k, tuple) else k) for k in info["mismatched_keys"]},
+    }
+    problems = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in wrong.items() if keys]
+    if problems:
+        raise VlmError(f"hf:{reference} does not fit {cls.__name__}: keys " + "; ".join(problems))
+    return model, absent
+
+
+def _any(patterns: Iterable[str], key: str) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
+
+
+def _listed(keys: set[str]) -> str:
+    return ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,131 @@
+"""Image encoders from open_clip: the visual tower of a dual encoder."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.backbones.image_encoder import Tower
+from vlm.backbones.image_timm import TimmTower
+from vlm.backbones.layers import check_layer
+from vlm.data.transforms import ImageTransform
+from vlm.errors import VlmError, did_you_mean
+
+
+class OpenClipViT(Tower):
+    """open_clip's own vision transformer."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self, visual: Any, layer: int, name: str) -> None:
+        super().__init__()
+        check_layer(f"open_clip:{name}", layer, len(visual.transformer.resblocks))
+        self.last = layer == -1
+        # CoCa's attentional pooler comes before its norm, which therefore does not fit the tokens.
+        self.norm = self.last and visual.attn_pool is None
+        if not self.last:
+            visual.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
+            visual.attn_pool = None
+        self.visual = visual
+        self.patch_grid = (int(visual.grid_size[0]), int(visual.grid_size[1]))
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = self.visual.forward_intermediates(
+            pixels,
+            indices=[-1],
+            normalize_intermediates=self.norm,
+            intermediates_only=not self.last,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        tokens = torch.cat([output["image_intermediates_prefix"][0], output["image_intermediates"][0]], dim=1)
+        pooled = output.get("image_features")
+        return tokens, pooled if pooled is not None and pooled.ndim == 2 else None
+
+
+class OpenClipResNet(Tower):
+    """CLIP's modified ResNet."""
+
+    def __init__(self, visual: nn.Module, layer: int, name: str) -> None:
+        super().__init__()
+        if layer != -1:
+            raise VlmError(f"open_clip:{name} is a ResNet, which is read at layer -1 only")
+        self.visual = visual
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = self.visual.forward_intermediates(pixels, indices=[-1])
+        return output["image_intermediates"][0], output["image_features"]
+
+
+def create_open_clip(reference: str, **options: Any) -> Any:
+    """The open_clip model `ARCH/TAG`, `ARCH/FILE`, or `ARCH` with random weights. Raises VlmError on unknown names.
+
+    A tag's QuickGELU is honoured whatever the architecture's name says; open_clip only warns and computes
+    something else.
+    """
+    import open_clip
+
+    arch, _, tag = reference.partition("/")
+    if arch not in open_clip.list_models():
+        raise VlmError(f"open_clip has no architecture {arch!r}{did_you_mean(arch, open_clip.list_models())}")
+    file = Path(tag).expanduser()
+    if tag and not file.is_file():
+        tags = open_clip.list_pretrained_tags_by_model(arch)
+        known = open_clip.get_pretrained_cfg(arch, tag)
+        if not known:
+            raise VlmError(f"open_clip has no weights {tag!r} for {arch}, nor is it a file{did_you_mean(tag, tags)}")
+        wanted, given = bool(known.get("quick_gelu")), bool(open_clip.get_model_config(arch).get("quick_gelu"))
+        if given and not wanted:
+            raise VlmError(
+                f"open_clip:{reference}: these weights were trained without QuickGELU; "
+                f"use open_clip:{arch.removesuffix('-quickgelu')}/{tag}"
+            )
+        options["force_quick_gelu"] = wanted
+    pretrained = (str(file) if file.is_file() else tag) if tag else None
+    disabled = logging.root.manager.disable
+    if not tag:
+        logging.disable(logging.WARNING)  # it warns about random weights even where they are asked for
+    try:
+        return open_clip.create_model(arch, pretrained=pretrained, pretrained_image=False, **options)
+    except (OSError, RuntimeError) as error:
+        raise VlmError(f"open_clip:{reference}: {' '.join(str(error).split())[:500]}") from error
+    finally:
+        logging.disable(disabled)
+
+
+def build_open_clip(reference: str, layer: int, image_size: int | None) -> tuple[Tower, ImageTransform]:
+    """The visual tower of `ARCH/TAG`, with its projection as part of the pooled embedding."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    model = create_open_clip(reference, force_image_size=image_size)
+    visual = model.visual
+    transform = open_clip_transform(model, reference)
+    if isinstance(visual, VisionTransformer):
+        return OpenClipViT(visual, layer, reference), transform
+    if isinstance(visual, TimmModel):
+        return TimmTower(visual.trunk, layer, reference, head=visual.head), transform
+    if isinstance(visual, ModifiedResNet):
+        return OpenClipResNet(visual, layer, reference), transform
+    raise VlmError(f"open_clip:{reference}: its visual tower {type(visual).__name__} is not supported")
+
+
+def open_clip_transform(model: nn.Module, name: str) -> ImageTransform:
+    """The evaluation transform in an open_clip model's own configuration."""
+    import open_clip
+
+    config = open_clip.get_model_preprocess_cfg(model)
+    modes = {"shortest": "shortest", "squash": "square"}
+    if config["resize_mode"] not in modes:
+        raise VlmError(f"open_clip:{name}: resize mode {config['resize_mode']!r} is not supported")
+    size = config["size"]
+    return ImageTransform(
+        size=(size, size) if isinstance(size, int) else tuple(size),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+        resize=modes[config["resize_mode"]],  # type: ignore[arg-type]
+    )
