@@ -23,10 +23,13 @@ CORPUS = [
 ]
 
 
-def tiny_tokenizer(folder: Path, chat_template: str | None = None, bos: bool = True, eos: bool = False) -> Any:
+def tiny_tokenizer(
+    folder: Path, chat_template: str | None = None, bos: bool = True, eos: bool = False, eos_token: str = "</s>"
+) -> Any:
     """A byte-level BPE tokeniser of 384 entries, saved to `folder`: pad 0, bos 1, eos 2, ChatML marks 3 and 4.
 
     bos, eos: whether plain encoding puts them around a text, as LLaMA (bos) and T5 (eos) do.
+    eos_token: `<|endoftext|>` (5) for CLIP, where transformers reads an end of 2 as a historical mistake.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -44,13 +47,13 @@ def tiny_tokenizer(folder: Path, chat_template: str | None = None, bos: bool = T
     tokenizer.train_from_iterator(CORPUS, trainer)
     if bos or eos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> " * bos + "$A" + " </s>" * eos,
-            pair="<s> " * bos + "$A $B:1" + " </s>:1" * eos,
-            special_tokens=[("<s>", 1), ("</s>", 2)],
+            single="<s> " * bos + "$A" + f" {eos_token}" * eos,
+            pair="<s> " * bos + "$A $B:1" + f" {eos_token}:1" * eos,
+            special_tokens=[("<s>", 1), (eos_token, tokenizer.token_to_id(eos_token))],
         )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **SPECIAL_TOKENS,
+        **{**SPECIAL_TOKENS, "eos_token": eos_token},
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         model_max_length=512,
         clean_up_tokenization_spaces=False,
@@ -178,14 +181,14 @@ def _save_clip(folder: Path, full: bool, seed: int) -> Path:
     vision = t.CLIPVisionConfig(**_VISION, projection_dim=24)
     if not full:
         return _save_vision(t.CLIPVisionModel(vision), folder, _clip_processor(), seed)
-    tokenizer = tiny_tokenizer(folder, bos=True, eos=True)
+    tokenizer = tiny_tokenizer(folder, bos=True, eos=True, eos_token="<|endoftext|>")
     text = t.CLIPTextConfig(
         **_TEXT,
         vocab_size=len(tokenizer),
         max_position_embeddings=24,
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=5,
         projection_dim=24,
     )
     config = t.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)

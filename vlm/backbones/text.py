@@ -1,0 +1,244 @@
+"""Text encoders by name: token ids in, token features and one pooled embedding out; one side of a dual tower."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.backbones.hf_loading import load_config, load_strictly
+from vlm.backbones.image_encoder import fingerprint_of
+from vlm.backbones.image_open_clip import create_open_clip
+from vlm.backbones.names import parse_part_name
+from vlm.backbones.starter import STARTER_TEXT, minilm_folder
+from vlm.errors import VlmError, did_you_mean
+
+# tokens [B, T, D], ids [B, T], mask [B, T] -> [B, D]
+Pooling = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class TextFeatures:
+    """tokens: [B, T, D], after the model's final norm; rows of padding mean nothing. pooled: [B, P]."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+
+
+class TextTower(nn.Module):
+    """One library's text model: forward(ids [B, T], mask [B, T]) -> (tokens [B, T, D], pooled [B, P])."""
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class TextEncoder(nn.Module):
+    """A text model behind one protocol; frozen when built (no gradient, eval mode).
+
+    name: the part's name. width: D. pooled_width: P. context_length: tokens a text may have, special ones included.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tower: TextTower,
+        tokenizer: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]],
+        context_length: int,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.tower = tower
+        self.context_length = context_length
+        self._tokenizer = tokenizer
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            features = self(**self.tokenize(["a"]))
+        self.width: int = features.tokens.shape[-1]
+        self.pooled_width: int = features.pooled.shape[-1]
+
+    def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """`ids` and `mask`, int64 [B, T] on the encoder's device, padded to one length, cut at `context_length`."""
+        ids, mask = self._tokenizer(list(texts))
+        device = next(self.parameters()).device
+        return {"ids": ids.to(device), "mask": mask.to(device)}
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> TextFeatures:
+        """Token ids [B, T] and mask [B, T] (1: a token, 0: padding) to features."""
+        return TextFeatures(*self.tower(ids, mask))
+
+    def train(self, mode: bool = True) -> "TextEncoder":
+        """Training mode only where something learns, as for image encoders."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with the name, the context length or the weights."""
+        return fingerprint_of(self.tower, {"name": self.name, "context_length": self.context_length})
+
+
+def pool_mean(tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens that are no padding."""
+    weights = mask.unsqueeze(-1).to(tokens.dtype)  # [B, T, 1]
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def pool_cls(tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The first token (BERT's CLS)."""
+    return tokens[:, 0]
+
+
+def pool_max(tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Maximum over the tokens that are no padding."""
+    return tokens.masked_fill(~mask.bool().unsqueeze(-1), torch.finfo(tokens.dtype).min).amax(1)
+
+
+class HfTextTower(TextTower):
+    """A bidirectional transformers encoder (BERT and its kin), pooled as its checkpoint says."""
+
+    def __init__(self, model: Any, pooling: Pooling) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return tokens, self.pooling(tokens, ids, mask)
+
+
+class HfDualTextTower(TextTower):
+    """The text tower of CLIP (projected end-of-text token) or SigLIP (last token, sees its padding)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.masked = hasattr(model, "text_projection")
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model(input_ids=ids, attention_mask=mask if self.masked else None)
+        return output.last_hidden_state, output.text_embeds if self.masked else output.pooler_output
+
+
+class OpenClipTextTower(TextTower):
+    """open_clip's text tower with its projection. It knows its padding from the ids."""
+
+    def __init__(self, text: Any) -> None:
+        super().__init__()
+        text.output_tokens = True
+        self.text = text
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled, tokens = self.text(ids)
+        return tokens, pooled
+
+
+_HEADS = (r"(.*\.)?pooler\..*", r"cls\..*", r"lm_head\..*", r"vocab_(transform|layer_norm|projector)\..*")
+_OTHER_TOWER = (r"(clip\.|siglip\.)?(vision_model|visual_projection)\b.*", r"(clip\.|siglip\.)?logit_(scale|bias)")
+# What `model_type` means -> class in transformers, keys that may be left over.
+_DUAL = {
+    "clip": ("CLIPTextModelWithProjection", _OTHER_TOWER),
+    "clip_text_model": ("CLIPTextModelWithProjection", _OTHER_TOWER),
+    "siglip": ("SiglipTextModel", _OTHER_TOWER),
+    "siglip_text_model": ("SiglipTextModel", _OTHER_TOWER),
+}
+_BIDIRECTIONAL = {
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "mpnet": "MPNetModel",
+    "distilbert": "DistilBertModel",
+}
+
+
+def build_text_encoder(name: str) -> TextEncoder:
+    """The frozen text encoder of that name: `hf:ID_OR_FOLDER`, `open_clip:ARCH/TAG_OR_FILE`, `starter:minilm-l6`.
+
+    Pooling is the checkpoint's own: sentence-transformers' `1_Pooling/config.json`, else CLS for BERT and its kin, the
+    projected end-of-text token for CLIP, the last token for SigLIP. Raises VlmError on an unknown name or keys that
+    are missing or left over.
+    """
+    part = parse_part_name(name, ("hf", "open_clip", "starter"))
+    if part.source == "open_clip":
+        return _build_open_clip(name, part.reference)
+    if part.source == "starter":
+        if part.reference not in STARTER_TEXT:
+            raise VlmError(f"no starter text encoder {part.reference!r}{did_you_mean(part.reference, STARTER_TEXT)}")
+        return _build_hf(name, str(minilm_folder()))
+    return _build_hf(name, part.reference)
+
+
+def _build_hf(name: str, reference: str) -> TextEncoder:
+    import transformers
+
+    config = load_config(reference)
+    kind = config.model_type
+    if kind not in _DUAL and kind not in _BIDIRECTIONAL:
+        hint = did_you_mean(kind, [*_DUAL, *_BIDIRECTIONAL])
+        raise VlmError(f"hf:{reference}: no text encoder can be made of a {kind!r} model{hint}")
+    tower: TextTower
+    if kind in _DUAL:
+        cls, unused = _DUAL[kind]
+        model, _ = load_strictly(getattr(transformers, cls), reference, unused)
+        tower = HfDualTextTower(model)
+    else:
+        options: dict[str, Any] = {} if kind == "distilbert" else {"add_pooling_layer": False}
+        model, _ = load_strictly(getattr(transformers, _BIDIRECTIONAL[kind]), reference, _HEADS, **options)
+        tower = HfTextTower(model, _sentence_pooling(reference))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(reference)
+    # RoBERTa counts positions from padding_idx + 1, so two of its positions hold no token.
+    positions = model.config.max_position_embeddings - (2 if kind in ("roberta", "xlm-roberta", "mpnet") else 0)
+    limit = _sidecar(reference, "sentence_bert_config.json").get("max_seq_length") or positions
+    context = min(tokenizer.model_max_length, positions, limit)
+    padding = "max_length" if kind.startswith("siglip") else "longest"
+
+    def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = tokenizer(texts, padding=padding, truncation=True, max_length=context, return_tensors="pt")
+        mask = batch.get("attention_mask")
+        return batch["input_ids"], mask if mask is not None else torch.ones_like(batch["input_ids"])
+
+    return TextEncoder(name, tower, tokenize, context)
+
+
+def _sidecar(reference: str, file: str) -> dict[str, Any]:
+    """A small JSON file beside the weights, in the folder or on the hub; {} where there is none."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        path: str | Path | None = folder / file
+    else:
+        from transformers.utils import cached_file
+
+        path = cached_file(
+            reference,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if path is None or not Path(path).is_file():
+        return {}
+    return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _sentence_pooling(reference: str) -> Pooling:
+    config = _sidecar(reference, "1_Pooling/config.json")
+    modes = {key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on}
+    known: dict[str, Pooling] = {"mean_tokens": pool_mean, "cls_token": pool_cls, "max_tokens": pool_max}
+    if not modes:
+        return pool_cls
+    if len(modes) != 1 or not modes <= known.keys():
+        raise VlmError(f"hf:{reference}: pooling {sorted(modes)} is not supported; known: {', '.join(known)}")
+    return known[modes.pop()]
+
+
+def _build_open_clip(name: str, reference: str) -> TextEncoder:
+    import open_clip
+
+    text = create_open_clip(reference, force_custom_text=True, pretrained_text=False).text
+    tokenizer = open_clip.get_tokenizer(reference.partition("/")[0])
+    pad = text.config.pad_token_id if hasattr(text, "config") else text.pad_id
+
+    def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = tokenizer(texts)
+        return ids, (ids != pad).long()
+
+    return TextEncoder(name, OpenClipTextTower(text), tokenize, int(tokenizer.context_length))
