@@ -27,10 +27,17 @@ def load_strictly(cls: Any, reference: str, unused: Iterable[str] = (), optional
     optional: patterns of the model's keys that the checkpoint may lack.
     Raises VlmError that names the keys.
     """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of left-over keys is replaced by the account below
     try:
-        model, info = cls.from_pretrained(reference, output_loading_info=True, **options)
+        # Shapes that differ are an error below; without this option they are one that does not name the keys.
+        model, info = cls.from_pretrained(reference, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise VlmError(f"hf:{reference}: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = {str(key) for key in info["missing_keys"]}
     absent = {key for key in missing if _any(optional, key)}
     wrong = {
