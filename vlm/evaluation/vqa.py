@@ -90,7 +90,7 @@ def normalise_evalai(text: str) -> str:
 
 
 def vqa_accuracy(
-    predictions: Sequence[str] | Mapping[Any, str],
+    predictions: Sequence[str | None] | Mapping[Any, str | None],
     answers: Sequence[Answers] | Mapping[Any, Answers],
     protocol: str = "official",
     question_types: Sequence[str | None] | None = None,
@@ -98,7 +98,8 @@ def vqa_accuracy(
 ) -> VqaScores:
     """Soft VQA accuracy (Antol et al. 2015, section 3; code of GT-Vision-Lab/VQA), or exact match.
 
-    predictions: texts in the order of `answers`, or a mapping from question id to text.
+    predictions: texts in the order of `answers`, or a mapping from question id to text; None (nothing was answered) is
+    wrong whatever the humans said.
     answers: per question its human answers as texts, or an official annotation (a mapping with `answers`, whose records
     hold `answer`, and `question_id`, `question_type`, `answer_type`); a list, or a mapping from question id. A question
     with a single answer counts as ten humans who agree on it.
@@ -138,8 +139,8 @@ def check_same_ids(given: Sequence[Any], expected: Sequence[Any], where: str) ->
 
 
 def _pair(
-    predictions: Sequence[str] | Mapping[Any, str], answers: Sequence[Answers] | Mapping[Any, Answers]
-) -> tuple[list[str], list[Answers]]:
+    predictions: Sequence[str | None] | Mapping[Any, str | None], answers: Sequence[Answers] | Mapping[Any, Answers]
+) -> tuple[list[str | None], list[Answers]]:
     """Both sides in the order of `answers`."""
     entries = list(answers.values()) if isinstance(answers, Mapping) else list(answers)
     if isinstance(predictions, Mapping):
@@ -178,8 +179,10 @@ def _humans(entry: Answers, protocol: str) -> list[_HumanAnswer]:
     return humans
 
 
-def _score(prediction: str, humans: list[_HumanAnswer], protocol: str) -> float:
+def _score(prediction: str | None, humans: list[_HumanAnswer], protocol: str) -> float:
     """One question's score between 0 and 1: the mean over humans of min(1, agreeing others / 3)."""
+    if prediction is None:
+        return 0.0
     text = clean(prediction)
     given = [human.text for human in humans]
     unanimous = len(set(given)) == 1

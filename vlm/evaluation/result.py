@@ -1,0 +1,119 @@
+"""What an evaluation found, and the files that keep it."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question: what was asked, said and right; `score` between 0 and 1; `error` where nothing could be asked."""
+
+    id: str
+    image: str | None
+    question: str | None
+    prediction: str | None
+    answers: list[str]
+    score: float
+    error: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """One benchmark's result; scores and intervals in per cent.
+
+    score, interval: by `protocol`, the interval by bootstrap over pictures (95 %).
+    scores: by every protocol asked for.
+    baselines: by `protocol`; keys of `vlm.evaluation.baselines.BASELINES`.
+    broken: samples that could not be asked (they count as wrong), each with id, image and error.
+    settings: everything the score depends on besides the model.
+    output: where the files lie.
+    """
+
+    benchmark: str
+    description: str
+    model: str
+    task: str
+    metric: str
+    protocol: str
+    score: float
+    interval: tuple[float, float]
+    count: int
+    scores: dict[str, float]
+    per_question_type: dict[str, float]
+    per_answer_type: dict[str, float]
+    baselines: dict[str, float]
+    published: list[dict[str, Any]]
+    broken: list[dict[str, Any]]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    git_commit: str | None
+    seconds: float
+    output: Path
+    samples: list[Sample]
+
+    def summary(self) -> dict[str, Any]:
+        """What results.json holds: everything but the samples."""
+        content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
+        return content | {"interval": list(self.interval), "output": str(self.output)}
+
+
+def write_result(result: EvaluationResult) -> None:
+    """Write results.json, samples.jsonl and report.html into `result.output`, each whole or not at all."""
+    from vlm.evaluation.report import render_report
+
+    result.output.mkdir(parents=True, exist_ok=True)
+    with _replaced(result.output / "samples.jsonl") as file:
+        for sample in result.samples:
+            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+    with _replaced(result.output / "report.html") as file:
+        file.write(render_report(result))
+    with _replaced(result.output / "results.json") as file:
+        json.dump(result.summary(), file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[TextIO]:
+    """Write aside, then rename, so that a file is never half-written."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # A half surrogate in somebody's text becomes its escape, which JSON reads back as it was.
+        with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions a score may depend on, read without importing anything heavy."""
+    from vlm import __version__
+
+    found = {"python": platform.python_version(), "vlm": __version__}
+    for package in ("torch", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout the library runs from, with `-dirty` where files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

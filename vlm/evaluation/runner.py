@@ -1,0 +1,207 @@
+"""The evaluator: records of a benchmark -> predictions of a model (or of a file) -> scores, interval, files."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlm.data.records import Record
+from vlm.errors import VlmError
+from vlm.evaluation.baselines import blind_baselines
+from vlm.evaluation.benchmark import Benchmark, load_benchmark
+from vlm.evaluation.intervals import bootstrap_interval
+from vlm.evaluation.predictions import match_predictions, read_predictions
+from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
+from vlm.evaluation.tasks import TASKS, Prediction
+
+
+def evaluate(
+    benchmark: str | Path | Benchmark,
+    model: Any = None,
+    predictions: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    limit: int | None = None,
+    output: str | Path | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+    model_name: str | None = None,
+) -> EvaluationResult:
+    """Score a model, or a file of predictions, on a benchmark, and write results.json, samples.jsonl and report.html.
+
+    benchmark: a shipped name, a YAML file, or a loaded benchmark; overrides: `KEY=VALUE` into it.
+    model: a loaded model, or a name or run folder for `load_model`; model_name: what results call a loaded one.
+    predictions: `[{question_id, answer}]` or an earlier samples.jsonl, about exactly the data set's questions.
+    limit: only the first N records. batch_size: questions asked at once; those of one picture always go together.
+    output: folder to write to; by default `eval/<benchmark>` in the run folder, else `eval-results/<benchmark>`.
+
+    Samples that cannot be read count as wrong and are listed. Raises VlmError on anything the user can mend.
+    """
+    if (model is None) == (predictions is None):
+        raise VlmError("give either a model or a file of predictions to evaluate")
+    if limit is not None and limit < 1:
+        raise VlmError(f"limit must be at least 1, got {limit}")
+    if batch_size < 1:
+        raise VlmError(f"batch_size must be at least 1, got {batch_size}")
+    plan = benchmark if isinstance(benchmark, Benchmark) else load_benchmark(benchmark, list(overrides))
+    task = TASKS[plan.task]
+    named = isinstance(model, (str, Path))
+    name = model_name or (str(predictions) if predictions is not None else _name_of(model))
+    folder = Path(output) if output is not None else default_output(str(model) if named else None, plan.name)
+    began = time.monotonic()
+
+    everything, unreadable = _records(plan)
+    for record in everything:
+        task.check(record)
+    total = len(everything) + len(unreadable)
+    records = everything[:limit]
+    room = len(unreadable) if limit is None else max(0, limit - len(records))
+    unreadable = unreadable[:room]
+
+    if predictions is not None:
+        path = Path(predictions)
+        found = match_predictions(read_predictions(path), everything, records, str(path))
+    else:
+        if named:
+            from vlm.loading import load_model
+
+            model = load_model(str(model))
+        with _progress(f"{plan.name}", len(records), progress) as advance:
+            found = task.predict(model, records, plan.prompt, plan.decoding, batch_size, advance)
+        if found and all(prediction.error for prediction in found):
+            raise VlmError(
+                f"{plan.name}: none of {len(found)} records could be asked, the first because: {found[0].error}; "
+                "is `dataset.images` right?"
+            )
+    settings = {
+        **plan.model_dump(include={"dataset", "prompt", "decoding", "protocol", "also", "baselines"}),
+        "limit": limit,
+        "records_in_data_set": total,
+        "batch_size": batch_size,
+        "predictions": None if predictions is None else str(predictions),
+        "interval": "95 % bootstrap over pictures, 1000 resamples, seed 0",
+    }
+    result = _score(plan, name, folder, records, found, unreadable, settings, began)
+    write_result(result)
+    return result
+
+
+def default_output(model: str | None, benchmark: str) -> Path:
+    """Where results go unless told: into the run folder that `model` is, else `eval-results` here."""
+    if model is not None:
+        folder = Path(model).expanduser()
+        for run in (folder, folder.parent) if folder.name == "model" else (folder,):
+            if (run / "recipe.yaml").is_file() or (run / "model" / "model.yaml").is_file():
+                return run / "eval" / benchmark
+    return Path("eval-results") / benchmark
+
+
+def _name_of(model: Any) -> str:
+    if isinstance(model, (str, Path)):
+        return str(model)
+    name = getattr(model, "name", None)
+    return name if isinstance(name, str) and name else type(model).__name__
+
+
+def _records(plan: Benchmark) -> tuple[list[Record], list[Sample]]:
+    """The data set's records, and samples for those its reader could not read."""
+    from vlm.data.catalogue import load_dataset
+
+    data = plan.dataset
+    loaded = load_dataset(data.annotations or data.name, data.split, format=data.format, images=data.images)
+    broken = [
+        Sample(f"unreadable:{number}", None, None, None, [], 0.0, f"{entry.where}: {entry.reason}")
+        for number, entry in enumerate(loaded.broken)
+    ]
+    records = list(loaded.records)
+    if not records:
+        raise VlmError(f"{plan.name}: split {data.split!r} of {data.name!r} has no records that can be read")
+    return records, broken
+
+
+def _baseline_scores(plan: Benchmark, records: Sequence[Record]) -> dict[str, float]:
+    """Scores of the blind baselines in per cent, learned from the benchmark's training split."""
+    from vlm.data.catalogue import load_dataset
+
+    training = load_dataset(plan.dataset.name, str(plan.baselines)).records
+    score = TASKS[plan.task].metrics[plan.metric].score
+    guesses = blind_baselines(training, [record.question or "" for record in records])
+    return {key: score(records, texts, plan.protocol).accuracy for key, texts in guesses.items()}
+
+
+def _score(
+    plan: Benchmark,
+    name: str,
+    folder: Path,
+    records: list[Record],
+    predictions: list[Prediction],
+    unreadable: list[Sample],
+    settings: dict[str, Any],
+    began: float,
+) -> EvaluationResult:
+    """The predictions' scores by every protocol, beside the baselines'."""
+    metric = TASKS[plan.task].metrics[plan.metric]
+    texts = [prediction.text for prediction in predictions]
+    by_protocol = {protocol: metric.score(records, texts, protocol) for protocol in (plan.protocol, *plan.also)}
+    headline = by_protocol[plan.protocol]
+    samples = [
+        Sample(
+            id=record.id,
+            image=record.images[0] if record.images else None,
+            question=record.question,
+            prediction=prediction.text,
+            answers=list(record.answers),
+            score=score,
+            error=prediction.error,
+        )
+        for record, prediction, score in zip(records, predictions, headline.per_sample, strict=True)
+    ] + unreadable
+    # Records that could not be read count, as wrong: they dilute every score.
+    share = len(records) / len(samples)
+    low, high = bootstrap_interval([sample.score for sample in samples], [s.image or s.id for s in samples])
+    return EvaluationResult(
+        benchmark=plan.name,
+        description=plan.description,
+        model=name,
+        task=plan.task,
+        metric=plan.metric,
+        protocol=plan.protocol,
+        score=headline.accuracy * share,
+        interval=(100 * low, 100 * high),
+        count=len(samples),
+        scores={protocol: scores.accuracy * share for protocol, scores in by_protocol.items()},
+        per_question_type=headline.per_question_type,
+        per_answer_type=headline.per_answer_type,
+        baselines=_baseline_scores(plan, records) if plan.baselines else {},
+        published=[entry.model_dump() for entry in plan.published],
+        broken=[{"id": s.id, "image": s.image, "error": s.error} for s in samples if s.error],
+        settings=settings,
+        versions=versions(),
+        git_commit=git_commit(),
+        seconds=round(time.monotonic() - began, 3),
+        output=folder,
+        samples=samples,
+    )
+
+
+@contextmanager
+def _progress(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal."""
+    if not shown:
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
