@@ -1,7 +1,7 @@
 """What a recipe may say: model, objectives, data, optimiser, schedule, training, evaluation."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,12 +22,14 @@ class ImageEncoderSpec(Strict):
     layer: which hidden state is read, counted from the end (-1: the last; -2: LLaVA's and BLIP-2's choice).
     drop_cls: leave prefix tokens (CLS, registers) out of the token output.
     image_size: pixels; the part's own if not given.
+    resize: `shortest` (and centre crop), `square` (squash) or `pad` (LLaVA-1.5); the part's own if not given.
     """
 
     name: str
     layer: int = -1
     drop_cls: bool = True
     image_size: int | None = Field(default=None, ge=1)
+    resize: Literal["shortest", "square", "pad"] | None = None
     precision: Precision = "auto"
 
 
@@ -80,15 +82,26 @@ class GenerativeSpec(Strict):
 
     template: a name of `vlm.data.conversation.TEMPLATES`, `tokenizer` for the tokeniser's own chat template, or
     jinja text with `{% generation %}` blocks around what the model says.
+    question_prompt, caption_prompt: the user's text around a question, and the one that asks for a caption, in training
+    and in `answer` and `caption` alike.
     """
 
     type: Literal["generative"] = "generative"
-    image_encoder: Annotated[ImageEncoderSpec, Field()]
+    image_encoder: ImageEncoderSpec
     bridge: ProjectionSpec = ProjectionSpec()
     language_model: LanguageModelSpec
     template: str = "tokenizer"
+    question_prompt: str = "<image>\n{question}"
+    caption_prompt: str = "<image>"
 
     _short = field_validator("image_encoder", "language_model", mode="before")(_name_only)
+
+    @field_validator("question_prompt")
+    @classmethod
+    def _question_has_a_place(cls, value: str) -> str:
+        if "{question}" not in value:
+            raise ValueError("`{question}` is missing: it marks where the question goes")
+        return value
 
 
 class ObjectiveSpec(Strict):
@@ -103,7 +116,6 @@ class DataSpec(Strict):
 
     dataset: a name under `datasets/`, a YAML file, or (with `format`) a file or folder of yours.
     use: what to train on: `captions`, `vqa` or `conversation`; by default whatever the record holds.
-    prompt: for captions, the user's text before the caption; `<image>` marks the picture.
     share_image: put all questions of a picture into one sequence behind one copy of its tokens.
     weight: relative sampling weight in the mixture; by default the number of samples.
     """
@@ -113,7 +125,6 @@ class DataSpec(Strict):
     format: str | None = None
     images: str | None = None
     use: Literal["auto", "captions", "vqa", "conversation"] = "auto"
-    prompt: str = "<image>"
     share_image: bool = True
     weight: float | None = Field(default=None, gt=0)
     limit: int | None = Field(default=None, ge=1)

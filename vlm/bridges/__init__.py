@@ -1,0 +1,1 @@
+"""What is trained between the frozen parts: dual tower, Q-Former, projection."""

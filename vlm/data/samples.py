@@ -1,0 +1,65 @@
+"""Records become training samples: a picture (or a few) with the conversations about it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vlm.data.catalogue import load_dataset
+from vlm.data.records import Message, Record
+from vlm.errors import VlmError
+from vlm.recipe import DataSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one place of a batch holds: pictures by path, and one or more conversations that show them."""
+
+    id: str
+    images: tuple[str, ...]
+    conversations: tuple[tuple[Message, ...], ...]
+
+
+class Prompts(Protocol):
+    """How a model asks: see `GenerativeModel.question_messages`."""
+
+    def question_messages(self, question: str, answer: str | None = None) -> list[Message]: ...
+    def caption_messages(self, caption: str | None = None) -> list[Message]: ...
+
+
+def load_samples(spec: DataSpec, prompts: Prompts) -> tuple[list[Sample], list[str]]:
+    """The samples of one source, and a line for each record that was broken.
+
+    Raises VlmError if the source is empty or holds nothing of the kind that `use` asks for.
+    """
+    data = load_dataset(spec.dataset, spec.split, format=spec.format, images=spec.images, limit=spec.limit)
+    samples = make_samples(data.records, spec, prompts)
+    if not samples:
+        raise VlmError(f"data set {spec.dataset!r}, split {spec.split!r}: no record to train on as use: {spec.use}")
+    return samples, [f"{broken.where}: {broken.reason}" for broken in data.broken]
+
+
+def make_samples(records: Sequence[Record], spec: DataSpec, prompts: Prompts) -> list[Sample]:
+    """Samples of records in their order; with `share_image`, one sample for all said about the same pictures."""
+    said: dict[tuple[str, ...], dict[tuple[Message, ...], str]] = {}
+    alone: list[Sample] = []
+    for record in records:
+        for conversation in _conversations(record, spec.use, prompts):
+            if spec.share_image and record.images:
+                # A caption repeated on every question of its picture is one conversation.
+                said.setdefault(record.images, {}).setdefault(conversation, record.id)
+            else:
+                alone.append(Sample(record.id, record.images, (conversation,)))
+    shared = [Sample(next(iter(texts.values())), images, tuple(texts)) for images, texts in said.items()]
+    return shared + alone
+
+
+def _conversations(record: Record, use: str, prompts: Prompts) -> list[tuple[Message, ...]]:
+    if use == "auto":
+        use = "conversation" if record.messages else "vqa" if record.question else "captions"
+    if use == "conversation" and record.messages:
+        return [record.messages]
+    if use == "vqa" and record.question and record.answers:
+        return [tuple(prompts.question_messages(record.question, record.answers[0]))]
+    if use == "captions":
+        return [tuple(prompts.caption_messages(caption)) for caption in record.captions]
+    return []

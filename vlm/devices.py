@@ -1,0 +1,41 @@
+"""The one place that decides where a model runs and in which precision."""
+
+import torch
+
+from vlm.errors import VlmError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, else CUDA, else Apple's MPS, else the CPU. Raises VlmError if it is not there."""
+    if device is not None:
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise VlmError(f"device {str(device)!r} was asked for, but no CUDA device is visible")
+        return chosen
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def pick_precision(precision: str = "auto", device: torch.device | None = None) -> str:
+    """`auto` resolved: bf16 on CUDA that has it, fp16 on older CUDA and on MPS, fp32 on a CPU.
+
+    A CPU gets fp32 even though torch accepts bf16 there: without native instructions it is ten times slower.
+    """
+    if precision != "auto":
+        if precision not in _DTYPES:
+            raise VlmError(f"precision {precision!r}: expected auto, {', '.join(_DTYPES)}")
+        return precision
+    kind = (device or pick_device()).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "fp16" if kind == "mps" else "fp32"
+
+
+def storage_dtype(precision: str = "auto", device: torch.device | None = None) -> torch.dtype:
+    """The type frozen weights are stored in."""
+    return _DTYPES[pick_precision(precision, device)]

@@ -1,0 +1,1 @@
+"""Whole models: image encoder + bridge (+ language model), with the task methods users call."""

@@ -1,0 +1,116 @@
+"""Build a model from its specification, and keep what was trained of it in a folder."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from vlm.backbones.image import build_image_encoder
+from vlm.backbones.language import build_language_model
+from vlm.bridges.projection import Projection
+from vlm.devices import pick_device, pick_precision, storage_dtype
+from vlm.errors import VlmError
+from vlm.models.freezing import freeze_all_but, load_trained_state, trained_state
+from vlm.models.generative import GenerativeModel
+from vlm.paths import read_yaml
+from vlm.recipe import GenerativeSpec
+from vlm.schema import Strict, dump_yaml, validate
+
+DESCRIPTION, WEIGHTS = "model.yaml", "trained.safetensors"
+
+
+class ModelDescription(Strict):
+    """`model.yaml` of a model folder: how to build the frozen parts and which parameters the weights fill."""
+
+    vlm: str
+    model: GenerativeSpec
+    trainable: list[str]
+    fingerprints: dict[str, str]
+
+
+def build_model(
+    spec: GenerativeSpec,
+    trainable: list[str] | tuple[str, ...] = (),
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    seed: int = 0,
+) -> GenerativeModel:
+    """The model that `spec` describes, on `device`, in eval mode; what matches `trainable` learns, in fp32.
+
+    Initial weights depend on `seed` alone.
+    """
+    place = pick_device(device)
+    precision = pick_precision(precision, place)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        language_model = build_language_model(spec.language_model, precision)
+        image_encoder = build_image_encoder(spec.image_encoder, spec.image_encoder.resize)
+        bridge = Projection(
+            spec.bridge, image_encoder.width, language_model.width, image_encoder.num_tokens, image_encoder.grid
+        )
+        if spec.bridge.match_embeddings:
+            bridge.match_scale(language_model.embeddings.weight)
+    model = GenerativeModel(spec, image_encoder, bridge, language_model)
+    model.requires_grad_(False)
+    model.image_encoder.to(storage_dtype(_first(spec.image_encoder.precision, precision)))
+    if trainable:
+        freeze_all_but(model, trainable)
+    model.to(place)
+    return model.eval()
+
+
+def _first(precision: str, fallback: str) -> str:
+    return precision if precision != "auto" else fallback
+
+
+def save_model_folder(model: GenerativeModel, trainable: list[str], folder: Path) -> None:
+    """Write `model.yaml` and the trained weights aside, then put them in place at once."""
+    from safetensors.torch import save_file
+
+    import vlm
+
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(trained_state(model), aside / WEIGHTS, metadata={"format": "pt"})
+    description = ModelDescription(
+        vlm=vlm.__version__,
+        model=model.spec,
+        trainable=list(trainable),
+        fingerprints={"image_encoder": model.image_encoder.fingerprint()},
+    )
+    dump_yaml(json.loads(description.model_dump_json()), aside / DESCRIPTION)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def load_model_folder(
+    folder: Path, device: str | torch.device | None = None, precision: str = "auto"
+) -> GenerativeModel:
+    """A model from a folder written by `save_model_folder`, frozen and in eval mode.
+
+    Raises VlmError if a file is missing, a key does not fit, or a frozen part is not the one it was trained with.
+    """
+    description = validate(ModelDescription, read_yaml(folder / DESCRIPTION), where=str(folder / DESCRIPTION))
+    model = build_model(description.model, description.trainable, device, precision)
+    load_trained_state(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
+    expected = description.fingerprints.get("image_encoder")
+    if precision == "fp32" and expected and expected != model.image_encoder.fingerprint():
+        raise VlmError(f"{folder}: {model.image_encoder.name} has other weights than the ones it was trained with")
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Raises VlmError if it is missing or torn."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise VlmError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        raise VlmError(f"{path}: not a whole safetensors file: {error}") from error

@@ -1,0 +1,315 @@
+"""The generative model (LLaVA): image encoder -> projection -> language model."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.backbones.image import ImageEncoder
+from vlm.backbones.language import LanguageModel
+from vlm.bridges.projection import Projection
+from vlm.data.conversation import (
+    IMAGE_SLOT,
+    TokenizedText,
+    fit_prompt,
+    tokenize_conversation,
+    tokenize_prompt_and_text,
+)
+from vlm.data.images import load_image
+from vlm.data.packing import (
+    IGNORE,
+    Row,
+    RowBatch,
+    build_row,
+    collate,
+    collate_encoder_decoder,
+    expand_slots,
+    pack,
+    truncate,
+)
+from vlm.data.records import IMAGE_PLACEHOLDER, Message
+from vlm.errors import VlmError
+from vlm.models.freezing import set_mode
+from vlm.models.generation import Prompt, generate_texts, picture_key
+from vlm.models.tasks import TaskModel
+from vlm.objectives.lm import token_log_probs
+from vlm.recipe import GenerativeSpec
+
+ENCODER_CHUNK = 64  # pictures that go through the image encoder at once
+
+
+class GenerativeModel(TaskModel):
+    """Image tokens spliced into a language model's prompt (Liu et al. 2023).
+
+    image_tokens: how many tokens a picture takes in the prompt.
+    """
+
+    family = "generative"
+
+    def __init__(
+        self, spec: GenerativeSpec, image_encoder: ImageEncoder, bridge: Projection, language_model: LanguageModel
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.image_encoder = image_encoder
+        self.bridge = bridge
+        self.language_model = language_model
+        self.image_tokens = bridge.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.language_model.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The language model's tokeniser."""
+        return self.language_model.tokenizer
+
+    def train(self, mode: bool = True) -> "GenerativeModel":
+        """Train mode for what trains; frozen parts stay in eval mode."""
+        set_mode(self, mode)
+        return self
+
+    # ---- training: text to rows, rows to hidden states at the labels -------------------------------------------
+
+    def tokenize(self, messages: Sequence[Message], limit: int | None = None) -> TokenizedText:
+        """A conversation as training tokens with slots expanded, at most `limit` (default: the context length).
+
+        Raises VlmError if cutting would hurt a picture or leave nothing to train on.
+        """
+        text = tokenize_conversation(messages, self.spec.template, self.tokenizer)
+        limit = min(limit or self.language_model.context_length, self.language_model.context_length)
+        return truncate(expand_slots(text, self.image_tokens), limit)
+
+    def question_messages(self, question: str, answer: str | None = None) -> list[Message]:
+        """A question about a picture (and its answer) as a conversation."""
+        messages = [Message("user", self.spec.question_prompt.replace("{question}", question))]
+        return messages if answer is None else [*messages, Message("assistant", answer)]
+
+    def caption_messages(self, caption: str | None = None) -> list[Message]:
+        """The request for a caption (and the caption) as a conversation."""
+        messages = [Message("user", self.spec.caption_prompt)]
+        return messages if caption is None else [*messages, Message("assistant", caption)]
+
+    def collate(self, samples: Sequence[tuple[Sequence[TokenizedText], Sequence[str]]]) -> RowBatch:
+        """Samples, each the texts about some pictures and the pictures' paths, as one batch.
+
+        Texts of a sample share their prefix, and samples share rows, where the language model can mask that way.
+        """
+        lm = self.language_model
+        if lm.is_encoder_decoder:
+            texts = [text for sample, _ in samples for text in sample]
+            images = [paths for sample, paths in samples for _ in sample]
+            config = lm.network.config
+            return collate_encoder_decoder(texts, images, config.decoder_start_token_id, config.eos_token_id)
+        if lm.takes_tree_masks:
+            return collate(pack([build_row(texts, paths) for texts, paths in samples]))
+        return collate([build_row([text], paths) for texts, paths in samples for text in texts])
+
+    def label_states(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
+        """Hidden states [n,D] at the n labelled positions of a batch, and the labels [n]."""
+        hidden = self.language_model.hidden_states(
+            self._spliced(batch), batch.mask, batch.positions, decoder_ids=batch.decoder_ids
+        )
+        chosen = batch.labels != IGNORE
+        return hidden[chosen], batch.labels[chosen]
+
+    def _spliced(self, batch: RowBatch) -> Tensor:
+        """Embeddings [B,T,D] with projected image tokens in their slots."""
+        embeddings = self.language_model.embed(batch.ids)
+        if batch.image_inputs is None:
+            return embeddings
+        tokens = self.project(batch.image_inputs)  # [U, n, D]
+        filled = tokens[batch.image_index].flatten(0, 1).to(embeddings.dtype)  # [S*n, D]
+        return embeddings.masked_scatter((batch.ids == IMAGE_SLOT)[..., None], filled)
+
+    def project(self, inputs: Tensor) -> Tensor:
+        """Projected tokens [U,n,D] of pixels [U,3,H,W] or of cached image tokens [U,N,D]."""
+        return self.bridge(self.encode_pixels(inputs) if inputs.ndim == 4 else inputs)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Image tokens [U,N,D] of pixels [U,3,H,W]; without gradient where the encoder is frozen."""
+        learns = any(p.requires_grad for p in self.image_encoder.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            return self.image_encoder(pixels).tokens
+
+    # ---- tasks -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode_pictures(self, images: Sequence[Any]) -> Tensor:
+        """Projected tokens [B,n,D] of pictures (paths, PIL images or arrays), in chunks."""
+        pieces = []
+        for start in range(0, len(images), ENCODER_CHUNK):
+            pictures = [self.image_encoder.transform.eval(load_image(i)) for i in images[start : start + ENCODER_CHUNK]]
+            pieces.append(self.project(torch.stack(pictures).to(self.device)))
+        return torch.cat(pieces)
+
+    def answer(self, images: Any, questions: str | Sequence[str], **generation: Any) -> list[str]:
+        """An answer to each question about its image.
+
+        images: one or a list of PIL images, paths or uint8 arrays [H,W,3]; one image serves all questions.
+        generation: arguments of transformers' `generate` (greedy by default). Questions about one picture share its
+        encoding and its prefix. Raises VlmError for empty questions or unequal numbers, BrokenImage for a bad picture.
+        """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        pictures = _as_list(images)
+        if len(pictures) == 1:
+            pictures = pictures * len(asked)
+        if len(pictures) != len(asked):
+            raise VlmError(f"answer: {len(pictures)} images for {len(asked)} questions")
+        prompts = [
+            self._prompt(self.question_messages(question), (picture,), generation)
+            for picture, question in zip(pictures, asked)
+        ]
+        return self._generate(prompts, generation)
+
+    def caption(self, images: Any, prompt: str | None = None, **generation: Any) -> list[str]:
+        """A caption for each image. `prompt` is taken verbatim: `<image>` marks the picture, in front where absent.
+
+        Without one, the model's own request for a caption (`caption_prompt` in its template) is used.
+        """
+        pictures = _as_list(images)
+        if prompt is None:
+            prompts = [self._prompt(self.caption_messages(), (picture,), generation) for picture in pictures]
+        else:
+            text = tokenize_prompt_and_text(prompt, "", self.tokenizer)
+            prompts = [Prompt(self._fitted(text, generation, tail=0), (picture,)) for picture in pictures]
+            _check_places(prompts)
+        return self._generate(prompts, generation)
+
+    def chat(self, messages: Iterable[dict[str, Any]], **generation: Any) -> str:
+        """The next turn of a conversation.
+
+        messages: `[{role, content: [{type: image, image: ...}, {type: text, text: ...}]}]`, or text as content.
+        """
+        turns: list[Message] = []
+        pictures: list[Any] = []
+        for message in messages:
+            turn, shown = _turn(message)
+            turns.append(turn)
+            pictures += shown
+        return self.say(turns, pictures, **generation)
+
+    @torch.inference_mode()
+    def score(self, images: Any, texts: str | Sequence[str], prompts: Any = None, chunk: int = 32) -> Tensor:
+        """Sum of log-probabilities [B] of each text after its prompt.
+
+        Prompts are taken verbatim, no template is added: `<image>` marks the picture's place (in front where absent);
+        a space joins prompt and text unless the prompt ends in white space; special tokens are the tokeniser's own.
+        """
+        wanted = [texts] if isinstance(texts, str) else list(texts)
+        pictures = _as_list(images)
+        pictures = pictures * len(wanted) if len(pictures) == 1 else pictures
+        openings = [prompts or ""] * len(wanted) if prompts is None or isinstance(prompts, str) else list(prompts)
+        if not len(pictures) == len(wanted) == len(openings):
+            raise VlmError(f"score: {len(pictures)} images, {len(wanted)} texts and {len(openings)} prompts")
+        if any(not text.strip() for text in wanted):
+            raise VlmError("score: a text is empty")
+        sums = [
+            self._score_chunk(pictures[i : i + chunk], wanted[i : i + chunk], openings[i : i + chunk])
+            for i in range(0, len(wanted), chunk)
+        ]
+        return torch.cat(sums)
+
+    def _score_chunk(self, pictures: list[Any], texts: list[str], prompts: list[str]) -> Tensor:
+        by_key = {str(picture_key(picture)): picture for picture in pictures}
+        keys = [[str(picture_key(picture))] for picture in pictures]
+        lm = self.language_model
+        rows = [
+            truncate(
+                expand_slots(tokenize_prompt_and_text(prompt, text, self.tokenizer), self.image_tokens),
+                lm.context_length,
+            )
+            for prompt, text in zip(prompts, texts)
+        ]
+        for row in rows:
+            if sum(t == IMAGE_SLOT for t in row.ids) != self.image_tokens:
+                raise VlmError("score: a prompt must show its picture once")
+        batch = self.collate_unshared(rows, keys)
+        batch = batch.with_images(lambda names: self._pixels([by_key[name] for name in names])).to(self.device)
+        states, targets = self.label_states(batch)
+        values = token_log_probs(states, targets, lm.logits)
+        chosen = batch.labels != IGNORE
+        owner = torch.arange(len(texts), device=values.device).repeat_interleave(chosen.sum(-1))
+        return values.new_zeros(len(texts)).index_add_(0, owner, values)
+
+    def collate_unshared(self, texts: Sequence[TokenizedText], images: Sequence[Sequence[str]]) -> RowBatch:
+        """Texts as one batch, a row each."""
+        if self.language_model.is_encoder_decoder:
+            return self.collate([([text], paths) for text, paths in zip(texts, images)])
+        rows: list[Row] = [build_row([text], paths) for text, paths in zip(texts, images)]
+        return collate(rows)
+
+    def _pixels(self, pictures: list[Any]) -> Tensor:
+        return torch.stack([self.image_encoder.transform.eval(load_image(p)) for p in pictures])
+
+    def _prompt(self, turns: Sequence[Message], pictures: tuple[Any, ...], generation: dict[str, Any]) -> Prompt:
+        text = tokenize_conversation(turns, self.spec.template, self.tokenizer, add_generation_prompt=True)
+        prompt = Prompt(self._fitted(text, generation, tail=self._tail), pictures)
+        _check_places([prompt])
+        return prompt
+
+    @cached_property
+    def _tail(self) -> int:
+        """Tokens that the template puts behind the user's text: what two prompts with other texts end in alike."""
+        one, other = (
+            tokenize_conversation([Message("user", word)], self.spec.template, self.tokenizer, True).ids
+            for word in ("a", "b")
+        )
+        count = 0
+        while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
+            count += 1
+        return count
+
+    def _fitted(self, text: TokenizedText, generation: dict[str, Any], tail: int) -> TokenizedText:
+        room = self.language_model.context_length - int(generation.get("max_new_tokens") or 64)
+        return fit_prompt(text, room - text.num_images * (self.image_tokens - 1), tail)
+
+    def say(self, turns: Sequence[Message], pictures: Sequence[Any], **generation: Any) -> str:
+        """The assistant's next turn in a conversation whose text marks each picture with `<image>`."""
+        return self._generate([self._prompt(turns, tuple(pictures), generation)], generation)[0]
+
+    def _generate(self, prompts: list[Prompt], generation: dict[str, Any]) -> list[str]:
+        return generate_texts(self, prompts, **self._stops(), **generation)
+
+    def _stops(self) -> dict[str, Any]:
+        # A template whose answers end in a line break, not in an end token, is stopped by the line break.
+        return {"stop_strings": ["\n"]} if self.spec.template == "plain" else {}
+
+
+def _as_list(images: Any) -> list[Any]:
+    """One or a list of images as a list; PIL images and paths only stand for themselves."""
+    if isinstance(images, (list, tuple)):
+        if not images:
+            raise VlmError("no images were given")
+        return list(images)
+    if getattr(images, "ndim", 3) == 4:
+        return list(images)
+    return [images]
+
+
+def _turn(message: dict[str, Any]) -> tuple[Message, list[Any]]:
+    """One chat message as text with placeholders, and its pictures."""
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or message.get("role") not in ("system", "user", "assistant"):
+        raise VlmError("chat: a message is {role: system|user|assistant, content: text or a list of parts}")
+    text, pictures = "", []
+    for part in parts:
+        if part.get("type") == "image" and "image" in part:
+            text += IMAGE_PLACEHOLDER + "\n"
+            pictures.append(part["image"])
+        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        else:
+            raise VlmError("chat: a part is {type: image, image: ...} or {type: text, text: ...}")
+    return Message(message["role"], text), pictures
+
+
+def _check_places(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if prompt.text.num_images != len(prompt.images):
+            raise VlmError(f"a prompt shows `<image>` {prompt.text.num_images} times for {len(prompt.images)} pictures")

@@ -1,0 +1,56 @@
+"""Language modelling: cross-entropy of the next token, only where there is a label."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2048  # labelled positions whose logits exist at one time
+
+
+def lm_count(batch: Any) -> int:
+    """Trained tokens of a batch."""
+    return int(batch.num_labels)
+
+
+def lm_loss(model: Any, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Sum of cross-entropy over the labelled positions, and how many of them the model gets right."""
+    states, targets = model.label_states(batch)  # [n, D], [n]
+    loss, correct = cross_entropy_sum(states, targets, model.language_model.logits)
+    return loss, {"token_accuracy": correct}
+
+
+def cross_entropy_sum(
+    states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropy of states [n,D] against targets [n], and the number of right predictions.
+
+    The vocabulary projection and the loss run in chunks that are recomputed in the backward pass, so that at most
+    [chunk, V] logits exist at a time. In fp32 whatever the states' type.
+    """
+    loss, correct = states.new_zeros((), dtype=torch.float32), targets.new_zeros(())
+    pieces = list(zip(states.split(chunk), targets.split(chunk)))
+    for piece, target in pieces:
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            part, right = checkpoint(_chunk, piece, target, logits, use_reentrant=False)
+        else:
+            part, right = _chunk(piece, target, logits)
+        loss, correct = loss + part, correct + right
+    return loss, correct
+
+
+def _chunk(states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    scores = logits(states).float()  # [n, V]
+    return F.cross_entropy(scores, targets, reduction="sum"), (scores.argmax(-1) == targets).sum().detach()
+
+
+def token_log_probs(states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = CHUNK) -> Tensor:
+    """Log-probability [n] of each target under its state [n,D], in fp32."""
+    pieces = [
+        -F.cross_entropy(logits(piece).float(), target, reduction="none")
+        for piece, target in zip(states.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat(pieces) if pieces else states.new_zeros(0, dtype=torch.float32)

@@ -1,0 +1,329 @@
+"""The training loop: setup, train, save."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.data.samples import Sample
+from vlm.devices import pick_device, pick_precision
+from vlm.errors import VlmError
+from vlm.models.build import build_model, read_weights, save_model_folder
+from vlm.models.freezing import load_trained_state, named_trainable, trained_state
+from vlm.recipe import Recipe
+from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
+from vlm.training.meter import Meter, matmul_peak, operations_per_token, peak_memory
+from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
+from vlm.training.progress import Reporter
+from vlm.training.run_folder import RunFolder
+from vlm.training.source import Prepared, build_source
+from vlm.training.task import Task, add_reports
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to: its folder, steps done, last logged metrics, whether it ran to the end."""
+
+    folder: Path
+    steps: int
+    metrics: dict[str, Any]
+    finished: bool
+
+
+def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> TrainResult:
+    """Train what the recipe says, or go on with its run where the newest checkpoint is.
+
+    The result depends on the recipe alone: not on micro-batches, processes, or interruptions.
+    Raises VlmError for what the user can mend.
+    """
+    return Trainer(recipe, resume, quiet).train()
+
+
+class Trainer:
+    """One run. `setup` happens on construction; `train` goes to the end; `save` writes a checkpoint."""
+
+    def __init__(self, recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self.recipe = recipe
+        device = pick_device()
+        self.precision = pick_precision(recipe.train.precision, device)
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.report = Reporter(quiet or self.rank != 0)
+        self.folder = RunFolder(recipe.output)
+        if self.rank == 0:
+            self.folder.start(recipe, resume)
+        self.accelerator.wait_for_everyone()
+
+        self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
+        if recipe.init_from:
+            self._start_from(Path(recipe.init_from).expanduser())
+        with self._one_at_a_time():
+            self.source = build_source(self.model, recipe.data, recipe.train.seed, self.report.say)
+        self.steps = recipe.train.steps or math.ceil(
+            (recipe.train.epochs or 1) * self.source.num_samples / recipe.train.batch_size
+        )
+        self.optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.step = 0
+        self.bad_steps = 0
+        if resume:
+            self._resume()
+        self.task: Any = self.accelerator.prepare_model(Task(self.model, recipe.objectives))
+        self.parameters = [p for _, p in named_trainable(self.model)]
+        self.meter = Meter()
+        self.stopping = False
+        lm = self.model.language_model
+        self.operations = operations_per_token(lm.network, lm.embeddings)
+        self.report.summary(self.model, self.folder.path, self.source.num_samples, self.steps, str(self.device))
+
+    # ---- setup ----------------------------------------------------------------------------------------------
+
+    def _start_from(self, run: Path) -> None:
+        """Take the trained weights of an earlier run; every tensor there must have a place here."""
+        for path in (run / "model" / "trained.safetensors", run / "trained.safetensors"):
+            if path.is_file():
+                lacking = load_trained_state(self.model, read_weights(path), where=str(path), partial=True)
+                fresh = sorted({".".join(name.split(".")[:2]) for name in lacking})
+                self.report.say(f"starting from {run}" + (f"; new here: {', '.join(fresh)}" if fresh else ""))
+                return
+        raise VlmError(f"init_from: {run} holds no trained model (expected model/trained.safetensors)")
+
+    def _resume(self) -> None:
+        checkpoint = newest_checkpoint(self.folder.checkpoints)
+        if checkpoint is None:
+            self.report.say(f"{self.folder.path} holds no checkpoint: starting from the beginning")
+        else:
+            load_trained_state(self.model, checkpoint.weights(), where=str(checkpoint.folder))
+            self.optimizer.load_state_dict(checkpoint.optimizer())
+            self.step = checkpoint.step
+            self.source.broken.update(checkpoint.state["broken"])
+            self.report.say(f"resuming at step {self.step}")
+        if self.rank == 0:
+            self.folder.forget_metrics_after(self.step)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """The first process works alone, then the others find its results in the cache."""
+        with self.accelerator.main_process_first():
+            yield
+
+    # ---- train ----------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainResult:
+        """Go to the last step, or to the checkpoint that SIGTERM asks for."""
+        self.model.train()
+        metrics: dict[str, Any] = {}
+        sums: list[dict[str, float]] = []
+        section = self.recipe.train
+        with self._stop_on_sigterm(), self.report.bar(self.step, self.steps):
+            while self.step < self.steps and not self._should_stop():
+                losses = self.train_step(self.source.batch(self.step, section.batch_size))
+                self.step += 1
+                sums += [losses] if losses else []
+                if self.step % section.log_every == 0 or self.step == self.steps:
+                    metrics = self._log(sums)
+                    sums = []
+                if section.sample_every and (self.step % section.sample_every == 0 or self.step == 1):
+                    self._show_samples()
+                every = self.recipe.evaluation.every
+                if every and self.step % every == 0 and self.step < self.steps:
+                    self._evaluate()
+                if self.step % section.checkpoint_every == 0 or self.step == self.steps:
+                    self.save()
+        finished = self.step >= self.steps
+        if finished:
+            self._finish()
+        elif self.step:
+            self.save()
+            self.report.say(f"stopped at step {self.step} of {self.steps}; go on with --resume")
+        return TrainResult(self.folder.path, self.step, metrics, finished)
+
+    def train_step(self, samples: list[Sample]) -> dict[str, float]:
+        """One optimiser step on a global batch; returns its losses, or {} if the step was skipped.
+
+        Each process takes every n-th sample and goes through them in micro-batches. All divide by the number of loss
+        terms of the whole global batch, so that any split gives the same gradient.
+        """
+        section = self.recipe.train
+        # Dropout depends on (seed, step, process) alone, so a resumed run draws what the first would have drawn.
+        torch.manual_seed((section.seed * 1_000_003 + self.step) * 4096 + self.rank)
+        prepared = self.source.prepare(samples[self.rank :: self.world])
+        size = section.micro_batch_size or len(samples)
+        batches: list[Any] = [self._collate(prepared[i : i + size]) for i in range(0, len(prepared), size)]
+        counts: Tensor = self.accelerator.reduce(self._unwrapped.counts(batches).to(self.device, torch.float32))
+        rounds = math.ceil(math.ceil(len(samples) / self.world) / size)  # of the process that has most
+        batches += [None] * (rounds - len(batches))
+
+        set_learning_rate(self.optimizer, schedule_factor(self.recipe.schedule, self.step, self.steps))
+        reports = []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
+                loss, parts = self.task(batch, counts)
+                # DistributedDataParallel averages over processes; shares of one global mean must add up.
+                self.accelerator.backward(loss * self.world)
+            reports.append({"loss": loss.detach(), **parts})
+        names = ["loss", *sorted({key for part in reports for key in part} - {"loss"})]
+        totals = add_reports(reports)
+        values = torch.stack([torch.as_tensor(totals[n], device=self.device, dtype=torch.float32) for n in names])
+        if self.world > 1:
+            values = self._summed(names, values)
+        losses = dict(zip(names, values.tolist()))
+        self._count(batches, len(samples))
+        return losses if self._apply(losses, samples) else {}
+
+    def _summed(self, names: list[str], values: Tensor) -> Tensor:
+        """Reports added over processes; a process without a batch reports only its loss."""
+        known = ["loss", *self._unwrapped.report_names]
+        row = torch.zeros(len(known), device=self.device)
+        for name, value in zip(names, values):
+            row[known.index(name)] = value
+        total: Tensor = self.accelerator.reduce(row)
+        names[:] = known
+        return total
+
+    def _apply(self, losses: dict[str, float], samples: list[Sample]) -> bool:
+        """Clip and step; a loss or gradient that is not finite skips the step."""
+        finite = math.isfinite(losses["loss"]) and gradients_finite(self.parameters)
+        if finite:
+            if self.recipe.optimizer.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
+            self.optimizer.step()
+            self.bad_steps = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            self._note_bad_step(losses["loss"], samples)
+        return finite
+
+    def _note_bad_step(self, loss: float, samples: list[Sample]) -> None:
+        self.bad_steps += 1
+        entry = {"step": self.step + 1, "loss": str(loss), "skipped": True, "samples": [s.id for s in samples]}
+        if self.rank == 0:
+            self.folder.log(entry)
+        self.report.say(f"step {self.step + 1} skipped: loss or gradient is not finite ({loss})")
+        if self.bad_steps >= self.recipe.train.max_bad_steps:
+            raise VlmError(
+                f"{self.bad_steps} steps in a row had a loss or gradient that is not finite; the samples' ids are in "
+                f"{self.folder.metrics}: lower optimizer.lr, or train.precision=fp32"
+            )
+
+    def _collate(self, prepared: list[Prepared]) -> Any:
+        return self.source.collate(prepared).to(self.device)
+
+    @property
+    def _unwrapped(self) -> Task:
+        return self.accelerator.unwrap_model(self.task)
+
+    def _count(self, batches: list[Any], samples: int) -> None:
+        real = [batch for batch in batches if batch is not None]
+        tokens = sum(int((batch.mask if batch.mask.ndim == 2 else batch.positions >= 0).sum()) for batch in real)
+        self.meter.add(tokens * self.world, sum(b.num_labels for b in real) * self.world, samples)
+
+    # ---- log, sample, evaluate ------------------------------------------------------------------------------
+
+    def _log(self, sums: list[dict[str, float]]) -> dict[str, Any]:
+        rates = self.meter.rates()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        peak = matmul_peak(self.device, dtype) * self.world
+        metrics: dict[str, Any] = {"step": self.step}
+        for name in sums[0] if sums else ():
+            metrics[name] = sum(part[name] for part in sums) / len(sums)
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], **rates}
+        metrics["memory_gb"] = round(peak_memory(self.device) / 1e9, 2)
+        metrics["peak_share"] = round(rates["tokens_per_s"] * self.operations / peak, 3)
+        metrics["time"] = round(time.time(), 1)
+        if self.rank == 0:
+            self.folder.log(metrics)
+            self.report.metrics(metrics, self.steps, self.recipe.train.track, self.folder.path)
+        self.meter.reset()
+        return metrics
+
+    def _show_samples(self, count: int = 2) -> None:
+        """Print what the model says to the first samples now: the quickest way to see that something is wrong."""
+        if self.rank:
+            return
+        self.model.eval()
+        for sample in self.source.sources[0][:count]:
+            *asked, wanted = sample.conversations[0]
+            said = self.model.say(asked, sample.images, max_new_tokens=24)
+            self.report.sample(sample.images, asked[-1].text, said, wanted.text)
+        self.model.train()
+
+    def _evaluate(self) -> None:
+        from vlm.evaluation import evaluate
+
+        if self.rank == 0:
+            self.model.eval()
+            for name in self.recipe.evaluation.benchmarks:
+                result = evaluate(
+                    name,
+                    model=self.model,
+                    model_name=str(self.folder.path),
+                    limit=self.recipe.evaluation.limit,
+                    output=self.folder.path / "eval" / name,
+                    progress=False,
+                )
+                self.folder.log({"step": self.step, f"eval/{name}": result.score})
+                self.report.say(f"step {self.step}: {name} {result.score:.1f}")
+            self.model.train()
+        self.accelerator.wait_for_everyone()
+
+    # ---- save -----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint from which the run goes on exactly."""
+        if self.rank == 0:
+            save_checkpoint(
+                self.folder.checkpoints,
+                trained_state(self.model),
+                self.optimizer.state_dict(),
+                {"step": self.step, "broken": self.source.broken},
+                keep=self.recipe.train.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _finish(self) -> None:
+        self.model.eval()
+        if self.rank == 0:
+            save_model_folder(self.model, self.recipe.trainable, self.folder.model)
+        if self.recipe.evaluation.benchmarks:
+            self._evaluate()
+        if self.source.broken:
+            self.report.say(f"{len(self.source.broken)} broken samples were skipped")
+        self.report.say(f"done: {self.folder.path}")
+        self.accelerator.wait_for_everyone()
+
+    def _should_stop(self) -> bool:
+        """Whether any process was asked to stop; all must agree on the step."""
+        if self.world == 1:
+            return self.stopping
+        return bool(self.accelerator.reduce(torch.tensor(float(self.stopping), device=self.device)) > 0)
+
+    @contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        def stop(*_: Any) -> None:
+            self.stopping = True
+
+        try:
+            before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, stop)
+        except ValueError:  # not the main thread: signals are the caller's business
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,79 @@
+"""Throughput, memory, and share of the machine's measured matrix-multiplication peak."""
+
+import resource
+import sys
+import time
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+
+@lru_cache(maxsize=4)
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large square matrix product on this machine, measured once."""
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the highest allocation on a GPU, else the process' highest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
+    """Matrix operations of forward and backward for one token through a language model's layers.
+
+    Two per weight forward, two for the gradient of its input, two more where the weight itself learns. The embedding
+    table and the vocabulary projection are left out: the first multiplies nothing, the second runs at labels only.
+    """
+    outside = {id(p) for p in embeddings.parameters()}
+    head = network.get_output_embeddings()
+    outside |= {id(p) for p in head.parameters()} if head is not None else set()
+    weights = [p for p in network.parameters() if p.ndim > 1 and id(p) not in outside]
+    return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in weights))
+
+
+class Meter:
+    """Counts tokens and samples between two log lines."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.start = time.perf_counter()
+        self.tokens = 0
+        self.trained = 0
+        self.samples = 0
+
+    def add(self, tokens: int, trained: int, samples: int) -> None:
+        """Count one step: tokens that went through the model, of which carried loss, and samples."""
+        self.tokens += tokens
+        self.trained += trained
+        self.samples += samples
+
+    def rates(self) -> dict[str, float]:
+        """Per second since the last reset."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "trained_tokens_per_s": round(self.trained / seconds, 1),
+            "samples_per_s": round(self.samples / seconds, 2),
+        }

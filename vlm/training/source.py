@@ -1,0 +1,113 @@
+"""Where batches come from: samples of all data sources, in an order that depends on seed and step alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlm.data.conversation import IMAGE_SLOT, TokenizedText
+from vlm.data.feature_cache import cache_features
+from vlm.data.images import load_image
+from vlm.data.mixing import MixtureOrder
+from vlm.data.packing import RowBatch
+from vlm.data.samples import Sample, load_samples
+from vlm.errors import VlmError
+from vlm.models.generative import GenerativeModel
+from vlm.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample ready to collate: its texts as tokens, and its pictures' pixels [3,H,W] or cached tokens [N,D]."""
+
+    texts: list[TokenizedText]
+    images: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+
+@dataclass
+class SampleSource:
+    """All training samples, their order, and the way to a picture's tensor.
+
+    broken: sample id -> reason, for samples that were skipped.
+    """
+
+    model: GenerativeModel
+    section: DataSection
+    sources: list[list[Sample]]
+    order: MixtureOrder
+    load_picture: Callable[[str], Tensor]
+    log: Callable[[str], None]
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return sum(map(len, self.sources))
+
+    def batch(self, step: int, batch_size: int) -> list[Sample]:
+        """The samples of the whole global batch of `step`."""
+        return [self.sources[source][index] for source, index in self.order.batch(step, batch_size)]
+
+    def prepare(self, samples: Sequence[Sample]) -> list[Prepared]:
+        """Samples as tokens and tensors; broken ones are left out, counted and logged.
+
+        Raises VlmError once more than `max_broken` of all samples are broken.
+        """
+        ready = []
+        for sample in samples:
+            try:
+                texts = [self.model.tokenize(turns, self.section.max_length) for turns in sample.conversations]
+                _check_places(sample, texts, self.model.image_tokens)
+                ready.append(Prepared(texts, sample.images, {path: self.load_picture(path) for path in sample.images}))
+            except VlmError as error:
+                self.skip(sample.id, str(error))
+        return ready
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note a broken sample; raises VlmError when there are too many."""
+        if name in self.broken:
+            return
+        self.broken[name] = reason
+        self.log(f"skipped {name}: {reason}")
+        if len(self.broken) > self.section.max_broken * self.num_samples:
+            raise VlmError(
+                f"{len(self.broken)} of {self.num_samples} samples are broken, more than data.max_broken="
+                f"{self.section.max_broken} allows; the last: {name}: {reason}"
+            )
+
+    def collate(self, prepared: Sequence[Prepared]) -> RowBatch:
+        """Prepared samples as one batch with the tensors of its pictures."""
+        tensors = {path: tensor for sample in prepared for path, tensor in sample.tensors.items()}
+        batch = self.model.collate([(sample.texts, sample.images) for sample in prepared])
+        return batch.with_images(lambda paths: torch.stack([tensors[path] for path in paths]))
+
+
+def build_source(model: GenerativeModel, section: DataSection, seed: int, log: Callable[[str], None]) -> SampleSource:
+    """Load all data sources, and cache the frozen encoder's features if the recipe says so."""
+    weights = [spec.weight for spec in section.train if spec.weight is not None]
+    if weights and len(weights) < len(section.train):
+        raise VlmError("data.train: give every source a weight, or none")
+    loaded = [load_samples(spec, model) for spec in section.train]
+    sources = [samples for samples, _ in loaded]
+    order = MixtureOrder([len(samples) for samples in sources], weights or None, seed)
+
+    def pixels(path: str) -> Tensor:
+        return model.image_encoder.transform.eval(load_image(path))
+
+    source = SampleSource(model, section, sources, order, pixels, log)
+    for _, broken in loaded:
+        for line in broken:
+            source.skip(*line.split(": ", 1))
+    paths = [path for samples in sources for sample in samples for path in sample.images]
+    frozen = not any(p.requires_grad for p in model.image_encoder.parameters())
+    if section.cache_features and frozen and paths:
+        source.load_picture = cache_features(model.image_encoder, paths, announce=log)
+    return source
+
+
+def _check_places(sample: Sample, texts: Sequence[TokenizedText], image_tokens: int) -> None:
+    for text in texts:
+        if text.ids.count(IMAGE_SLOT) != len(sample.images) * image_tokens:
+            raise VlmError(f"`<image>` does not stand once for each of its {len(sample.images)} pictures")
