@@ -226,6 +226,21 @@ def test_overrides_reach_into_the_benchmark(benchmark: str) -> None:
     assert model.calls[0][2] == {"max_new_tokens": 3, "num_beams": 4}
 
 
+def test_annotations_of_yours_are_read_as_the_data_sets_own_are(tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "test"
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(folder / "images" / "0.png")
+    (folder / "images" / "1.png").write_bytes(b"broken")
+    triples = [["what color is the shape?", "red", 0], ["is there a circle?", "yes", 0], ["which shape?", "red", 1]]
+    (folder / "questions.json").write_text(json.dumps([*triples, ["no picture?", "no"]]))
+    overrides = [f"dataset.annotations={tmp_path / 'mine'}", "baselines=null"]
+    result = evaluate("easy_vqa", FakeModel(), overrides=overrides, output=tmp_path / "out", progress=False)
+    assert result.score == pytest.approx(25.0)  # one right, one wrong, one broken picture, one malformed entry
+    assert result.count == 4
+    assert [entry["id"] for entry in result.broken] == ["test-2", "unreadable:0"]
+    assert result.baselines == {}
+
+
 # --- existing predictions ---
 
 

@@ -105,10 +105,12 @@ def _name_of(model: Any) -> str:
 
 def _records(plan: Benchmark) -> tuple[list[Record], list[Sample]]:
     """The data set's records, and samples for those its reader could not read."""
-    from vlm.data.catalogue import load_dataset
+    from vlm.data.catalogue import load_dataset, load_spec
 
     data = plan.dataset
-    loaded = load_dataset(data.annotations or data.name, data.split, format=data.format, images=data.images)
+    # Annotations of yours are read as the data set's own are, unless the benchmark says otherwise.
+    format = data.format or (load_spec(data.name)[0].format if data.annotations else None)
+    loaded = load_dataset(data.annotations or data.name, data.split, format=format, images=data.images)
     broken = [
         Sample(f"unreadable:{number}", None, None, None, [], 0.0, f"{entry.where}: {entry.reason}")
         for number, entry in enumerate(loaded.broken)
