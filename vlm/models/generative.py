@@ -155,6 +155,8 @@ class GenerativeModel(TaskModel):
         encoding and its prefix. Raises VlmError for empty questions or unequal numbers, BrokenImage for a bad picture.
         """
         asked = [questions] if isinstance(questions, str) else list(questions)
+        if any(not question.strip() for question in asked):
+            raise VlmError("answer: a question is empty")
         pictures = _as_list(images)
         if len(pictures) == 1:
             pictures = pictures * len(asked)

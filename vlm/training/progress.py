@@ -68,10 +68,8 @@ class Reporter:
         if self._tracker is None:
             self._tracker = []
             for name in track:
-                tracker = filter_trackers([name], folder)
-                self._tracker += [
-                    kind(folder.name, **({"logging_dir": folder} if name == "tensorboard" else {})) for kind in tracker
-                ]
+                options = {"logging_dir": folder} if name == "tensorboard" else {}
+                self._tracker += [kind(folder.name, **options) for kind in filter_trackers([name], folder)]
         values = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
         for tracker in self._tracker:
             tracker.log(values, step=metrics["step"])
