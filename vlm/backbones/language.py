@@ -269,7 +269,9 @@ _FOLDERS: dict[str, Callable[[PartName], str]] = {
 def _load(folder: str, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
     """Network and tokeniser from a folder or hub id; every key of the checkpoint is accounted for."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar per part hides what the command itself has to say
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:

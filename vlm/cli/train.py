@@ -45,3 +45,7 @@ def train(
 def main() -> None:
     """Entry point of the `vlm-train` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,5 @@
 """Pictures from anywhere as 8-bit RGB, whatever mode their file has; errors name the file."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -70,13 +69,6 @@ def load_image(image: ImageLike) -> Image.Image:
         raise BrokenImage(path, f"larger than {MAX_PIXELS:,} pixels; resize it first") from error
     except Exception as error:  # on bad bytes the decoders raise nearly anything, SyntaxError and struct.error included
         raise BrokenImage(path, _first_line(error)) from error
-
-
-def load_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
-    """One or several pictures as a list of RGB pictures. Errors as `load_image`."""
-    if isinstance(images, (list, tuple)):
-        return [load_image(image) for image in images]
-    return [load_image(images)]  # type: ignore[arg-type]  # any other value is refused there
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

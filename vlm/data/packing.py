@@ -151,7 +151,7 @@ class RowBatch:
 
     ids, labels, positions: [B,T]. mask: [B,T] long (1 = token) where every row is one text, else [B,1,T,T] boolean.
     images: unique pictures of the batch. image_index: [S] which of them fills each picture's place, row by row.
-    image_inputs: pixels [U,3,H,W] or cached tokens [U,N,D] of the unique pictures, once `load_images` has run.
+    image_inputs: pixels [U,3,H,W] or cached tokens [U,N,D] of the unique pictures, once `with_images` has run.
     decoder_ids: [B,U], for an encoder-decoder; `labels` is then [B,U].
     """
 

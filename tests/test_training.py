@@ -1,0 +1,212 @@
+"""The result of a run depends on its recipe alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import conversations, losses, tiny_recipe, weights
+
+from vlm import load_model, train
+from vlm.errors import VlmError
+from vlm.training.checkpoints import newest_checkpoint
+from vlm.training.loop import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return conversations(tmp_path / "data")
+
+
+def _same(one: Path, other: Path, **tolerance: float) -> None:
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(losses(one), losses(other), **tolerance)
+    torch.testing.assert_close(weights(one), weights(other), **tolerance)
+
+
+def test_training_lowers_the_loss_and_the_model_loads(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=20)
+    result = train(recipe, quiet=True)
+    assert result.finished
+    assert result.steps == 20
+    curve = losses(tmp_path / "run")
+    assert curve[-1] < 0.8 * curve[0]
+    picture = str(data.parent / "picture-0-0.png")
+    assert isinstance(load_model(tmp_path / "run").answer(picture, "what is it?", max_new_tokens=3)[0], str)
+    saved = weights(tmp_path / "run")
+    assert saved
+    assert all(name.startswith(("bridge.", "language_model.lora.")) for name in saved)
+
+
+def test_micro_batches_do_not_change_the_result(tiny_folder, data, tmp_path):
+    train(tiny_recipe(tiny_folder, data, tmp_path / "whole"), quiet=True)
+    train(tiny_recipe(tiny_folder, data, tmp_path / "one", micro_batch_size=1), quiet=True)
+    train(tiny_recipe(tiny_folder, data, tmp_path / "three", micro_batch_size=3), quiet=True)
+    _same(tmp_path / "whole", tmp_path / "one")
+    _same(tmp_path / "whole", tmp_path / "three")
+
+
+def test_cached_features_do_not_change_the_result(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "cached")
+    train(recipe, quiet=True)
+    section = recipe.data.model_copy(update={"cache_features": False})
+    train(recipe.model_copy(update={"data": section, "output": str(tmp_path / "computed")}), quiet=True)
+    _same(tmp_path / "cached", tmp_path / "computed")
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_number_of_processes_does_not_change_the_result(tiny_folder, data, tmp_path, processes):
+    train(tiny_recipe(tiny_folder, data, tmp_path / "one"), quiet=True)
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "many", micro_batch_size=1)
+    done = _command(recipe, tmp_path, launcher=["-m", "torch.distributed.run", f"--nproc-per-node={processes}"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    _same(tmp_path / "one", tmp_path / "many")
+
+
+def test_an_interrupted_run_goes_on_exactly(tiny_folder, data, tmp_path):
+    train(tiny_recipe(tiny_folder, data, tmp_path / "through"), quiet=True)
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "halves")
+    trainer = Trainer(recipe, quiet=True)
+    original = trainer.train_step
+
+    def stopping(samples):
+        if trainer.step == 4:
+            trainer.stopping = True  # what SIGTERM does
+        return original(samples)
+
+    trainer.train_step = stopping
+    assert not trainer.train().finished
+    assert newest_checkpoint(tmp_path / "halves" / "checkpoints").step == 5
+    assert train(recipe, resume=True, quiet=True).finished
+    _same(tmp_path / "through", tmp_path / "halves", rtol=0, atol=0)
+
+
+def test_a_run_killed_in_the_middle_goes_on_exactly(tiny_folder, data, tmp_path):
+    train(tiny_recipe(tiny_folder, data, tmp_path / "through", steps=8, checkpoint_every=2), quiet=True)
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "killed", steps=8, checkpoint_every=2)
+    process = _command(recipe, tmp_path, wait=False)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert train(recipe, resume=True, quiet=True).finished
+    _same(tmp_path / "through", tmp_path / "killed", rtol=1e-6, atol=1e-7)
+
+
+def test_sigterm_finishes_the_step_and_exits_cleanly(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=100_000, checkpoint_every=50_000, log_every=1)
+    process = _command(recipe, tmp_path, wait=False)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+def _command(recipe, folder, launcher=(), wait=True):
+    import yaml
+
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    command = [sys.executable, *launcher, "-m", "vlm.cli.train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if wait:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=1)
+    train(recipe, quiet=True)
+    with pytest.raises(VlmError, match="--resume"):
+        train(recipe, quiet=True)
+    other = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": 0.5})})
+    with pytest.raises(VlmError, match=r"optimizer\.lr"):
+        train(other, resume=True, quiet=True)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tiny_folder, data, tmp_path, monkeypatch):
+    import vlm.training.checkpoints as checkpoints
+
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run")
+    trainer = Trainer(recipe, quiet=True)
+    original = torch.save
+
+    def full(*args, **options):
+        if trainer.step > 3:
+            raise OSError(28, "No space left on device")
+        return original(*args, **options)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    with pytest.raises(VlmError, match="No space left"):
+        trainer.train()
+    folder = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    assert train(recipe, resume=True, quiet=True).finished
+
+
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run")
+    train(recipe, quiet=True)
+    folder = tmp_path / "run" / "checkpoints"
+    newest = folder / "step-00000006" / "trained.safetensors"
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="step-00000006"):
+        assert newest_checkpoint(folder).step == 3
+
+
+def test_losses_that_are_not_finite_stop_the_run_with_the_samples_named(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", max_bad_steps=2)
+    trainer = Trainer(recipe, quiet=True)
+    with torch.no_grad():
+        trainer.model.bridge.layers[0].weight.fill_(float("nan"))
+    with pytest.raises(VlmError, match="not finite"):
+        trainer.train()
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skipped = [entry for entry in entries if entry.get("skipped")]
+    assert [entry["step"] for entry in skipped] == [1, 2]
+    assert len(skipped[0]["samples"]) == 4
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_broken_picture_is_skipped_and_too_many_stop_the_run(tiny_folder, data, tmp_path, cached):
+    (data.parent / "picture-0-1.png").write_bytes(b"not a picture")
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run")
+    section = recipe.data.model_copy(update={"cache_features": cached})
+    assert train(recipe.model_copy(update={"data": section}), quiet=True).finished
+    strict = section.model_copy(update={"max_broken": 0.01})
+    with pytest.raises(VlmError, match="picture-0-1"):
+        train(recipe.model_copy(update={"data": strict, "output": str(tmp_path / "strict")}), quiet=True)
+
+
+def test_a_second_stage_starts_from_the_first(tiny_folder, data, tmp_path):
+    first = tiny_recipe(tiny_folder, data, tmp_path / "first", steps=2)
+    first = first.model_copy(
+        update={
+            "trainable": ["bridge.*"],
+            "model": first.model.model_copy(
+                update={"language_model": first.model.language_model.model_copy(update={"lora": None})}
+            ),
+        }
+    )
+    train(first, quiet=True)
+    second = tiny_recipe(tiny_folder, data, tmp_path / "second", steps=1)
+    trainer = Trainer(second.model_copy(update={"init_from": str(tmp_path / "first")}), quiet=True)
+    carried = weights(tmp_path / "first")["bridge.layers.0.weight"]
+    torch.testing.assert_close(trainer.model.bridge.layers[0].weight.detach().cpu(), carried)
+    trainer.train()
+    backwards = first.model_copy(update={"init_from": str(tmp_path / "second"), "output": str(tmp_path / "third")})
+    with pytest.raises(VlmError, match=r"has no place for language_model\.lora"):
+        train(backwards, quiet=True)

@@ -1,0 +1,62 @@
+"""A tiny recipe over tiny parts, trainable in a second."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from generative_parts import generative_spec, pictures
+
+from vlm.recipe import Recipe
+
+ANSWERS = ["red", "a circle", "yes", "no it is not", "blue"]
+
+
+def conversations(folder: Path, count: int = 12) -> Path:
+    """A LLaVA file of `count` questions about every second picture of a few, answers of unequal length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = pictures(folder, (count + 1) // 2)
+    items = [
+        {
+            "id": str(i),
+            "image": Path(paths[i // 2]).name,
+            "conversations": [
+                {"from": "human", "value": f"<image>\nwhat is shape number {i}?"},
+                {"from": "gpt", "value": " ".join([ANSWERS[i % len(ANSWERS)]] * (1 + i % 3))},
+            ],
+        }
+        for i in range(count)
+    ]
+    file = folder / "train.json"
+    file.write_text(json.dumps(items))
+    return file
+
+
+def tiny_recipe(tiny_folder: Callable[..., Path], data: Path, output: Path, **train: Any) -> Recipe:
+    """LoRA and projection on a tiny Llama; `train` overrides keys of the train section."""
+    spec = generative_spec(tiny_folder, "llama", language={"lora": {"rank": 2, "alpha": 4}})
+    content = {
+        "model": spec.model_dump(mode="json"),
+        "trainable": ["bridge.*", "language_model.lora.*"],
+        "data": {
+            "train": [{"dataset": str(data), "format": "llava_json", "images": str(data.parent)}],
+            "max_broken": 0.2,
+        },
+        "optimizer": {"lr": 1e-2},
+        "train": {"batch_size": 4, "steps": 6, "log_every": 1, "checkpoint_every": 3, **train},
+        "output": str(output),
+    }
+    return Recipe.model_validate(content)
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each logged step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line and not line.get("skipped")]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """The trained weights of a run."""
+    from vlm.models.build import read_weights
+
+    return read_weights(folder / "model" / "trained.safetensors")
