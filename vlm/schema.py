@@ -67,23 +67,20 @@ def apply_overrides(content: dict[str, Any], overrides: list[str] | tuple[str, .
 
 def _set(node: Any, keys: list[str], value: Any, text: str) -> None:
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
+        index: Any = key
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
                 raise VlmError(f"override {text!r}: {'.'.join(keys[:depth])} is a list of {len(node)}; give an index")
-            index: Any = int(key)
-        elif isinstance(node, dict):
-            index = key
-        else:
+            index = int(key)
+        elif not isinstance(node, dict):
             raise VlmError(f"override {text!r}: {'.'.join(keys[:depth])} holds a value, not keys")
-        if last:
+        if depth == len(keys) - 1:
             node[index] = value
-        elif isinstance(node, dict) and not isinstance(node.get(index), (dict, list)):
+            return
+        if isinstance(node, dict) and (node.get(index) is None or isinstance(node[index], str)):
             # `language_model: NAME` is short for `language_model: {name: NAME}`.
-            node[index] = {"name": node[index]} if isinstance(node.get(index), str) else {}
-            node = node[index]
-        else:
-            node = node[index]
+            node[index] = {"name": node[index]} if node.get(index) else {}
+        node = node[index]
 
 
 def dump_yaml(content: dict[str, Any], path: Path) -> None:
