@@ -152,6 +152,7 @@ class RowBatch:
     ids, labels, positions: [B,T]. mask: [B,T] long (1 = token) where every row is one text, else [B,1,T,T] boolean.
     images: unique pictures of the batch. image_index: [S] which of them fills each picture's place, row by row.
     image_inputs: pixels [U,3,H,W] or cached tokens [U,N,D] of the unique pictures, once `with_images` has run.
+    num_tokens: positions that are no padding.
     decoder_ids: [B,U], for an encoder-decoder; `labels` is then [B,U].
     """
 
@@ -161,6 +162,7 @@ class RowBatch:
     mask: Tensor
     images: list[str]
     image_index: Tensor
+    num_tokens: int
     image_inputs: Tensor | None = None
     decoder_ids: Tensor | None = None
 
@@ -195,6 +197,7 @@ def collate(rows: Sequence[Row]) -> RowBatch:
         mask=mask,
         images=images,
         image_index=image_index,
+        num_tokens=sum(map(len, rows)),
     )
 
 
@@ -222,6 +225,7 @@ def collate_encoder_decoder(
         mask=_padded([[1] * len(p) for p in prompts], length, 0),
         images=unique,
         image_index=image_index,
+        num_tokens=sum(map(len, prompts)) + sum(map(len, answers)),
         decoder_ids=_padded([[start_id, *answer[:-1]] for answer in answers], width, 0),
     )
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vlm.data.catalogue import load_dataset
 from vlm.data.records import Message, Record
-from vlm.errors import VlmError
 from vlm.recipe import DataSpec
 
 
@@ -24,18 +22,6 @@ class Prompts(Protocol):
 
     def question_messages(self, question: str, answer: str | None = None) -> list[Message]: ...
     def caption_messages(self, caption: str | None = None) -> list[Message]: ...
-
-
-def load_samples(spec: DataSpec, prompts: Prompts) -> tuple[list[Sample], list[str]]:
-    """The samples of one source, and a line for each record that was broken.
-
-    Raises VlmError if the source is empty or holds nothing of the kind that `use` asks for.
-    """
-    data = load_dataset(spec.dataset, spec.split, format=spec.format, images=spec.images, limit=spec.limit)
-    samples = make_samples(data.records, spec, prompts)
-    if not samples:
-        raise VlmError(f"data set {spec.dataset!r}, split {spec.split!r}: no record to train on as use: {spec.use}")
-    return samples, [f"{broken.where}: {broken.reason}" for broken in data.broken]
 
 
 def make_samples(records: Sequence[Record], spec: DataSpec, prompts: Prompts) -> list[Sample]:

@@ -29,13 +29,15 @@ from vlm.data.packing import (
     pack,
     truncate,
 )
-from vlm.data.records import IMAGE_PLACEHOLDER, Message
+from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
+from vlm.data.samples import Sample, make_samples
 from vlm.errors import VlmError
+from vlm.models.counting import operations_per_token
 from vlm.models.freezing import set_mode
 from vlm.models.generation import Prompt, generate_texts, picture_key
 from vlm.models.tasks import TaskModel
 from vlm.objectives.lm import token_log_probs
-from vlm.recipe import GenerativeSpec
+from vlm.recipe import DataSpec, GenerativeSpec
 
 ENCODER_CHUNK = 64  # pictures that go through the image encoder at once
 
@@ -74,6 +76,28 @@ class GenerativeModel(TaskModel):
         return self
 
     # ---- training: text to rows, rows to hidden states at the labels -------------------------------------------
+
+    def samples(self, records: Sequence[Record], spec: DataSpec) -> list[Sample]:
+        """Training samples of a data source's records."""
+        return make_samples(records, spec, self)
+
+    def prepare_texts(self, sample: Sample, limit: int | None = None) -> list[TokenizedText]:
+        """A sample's conversations as training tokens. Raises VlmError if one cannot be trained on."""
+        texts = [self.tokenize(turns, limit) for turns in sample.conversations]
+        for text in texts:
+            if text.ids.count(IMAGE_SLOT) != len(sample.images) * self.image_tokens:
+                raise VlmError(f"`<image>` does not stand once for each of its {len(sample.images)} pictures")
+        return texts
+
+    def say_sample(self, sample: Sample, **generation: Any) -> tuple[str, str, str]:
+        """(what was asked, what the model says, what was wanted) of a sample's first conversation."""
+        *asked, wanted = sample.conversations[0]
+        return asked[-1].text, self.say(asked, sample.images, **generation), wanted.text
+
+    @property
+    def operations_per_token(self) -> float:
+        """Matrix operations of one training step for one token of the language model."""
+        return operations_per_token(self.language_model.network, self.language_model.embeddings)
 
     def tokenize(self, messages: Sequence[Message], limit: int | None = None) -> TokenizedText:
         """A conversation as training tokens with slots expanded, at most `limit` (default: the context length).

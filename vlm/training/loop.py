@@ -19,7 +19,7 @@ from vlm.models.build import build_model, read_weights, save_model_folder
 from vlm.models.freezing import load_trained_state, named_trainable, trained_state
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
-from vlm.training.meter import Meter, matmul_peak, operations_per_token, peak_memory
+from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
@@ -86,8 +86,7 @@ class Trainer:
         self.parameters = [p for _, p in named_trainable(self.model)]
         self.meter = Meter()
         self.stopping = False
-        lm = self.model.language_model
-        self.operations = operations_per_token(lm.network, lm.embeddings)
+        self.operations = self.model.operations_per_token
         self.report.summary(self.model, self.folder.path, self.source.num_samples, self.steps, str(self.device))
 
     # ---- setup ----------------------------------------------------------------------------------------------
@@ -230,8 +229,8 @@ class Trainer:
 
     def _count(self, batches: list[Any], samples: int) -> None:
         real = [batch for batch in batches if batch is not None]
-        tokens = sum(int((batch.mask if batch.mask.ndim == 2 else batch.positions >= 0).sum()) for batch in real)
-        self.meter.add(tokens * self.world, sum(b.num_labels for b in real) * self.world, samples)
+        tokens, labels = sum(b.num_tokens for b in real), sum(b.num_labels for b in real)
+        self.meter.add(tokens * self.world, labels * self.world, samples)
 
     # ---- log, sample, evaluate ------------------------------------------------------------------------------
 
@@ -258,9 +257,7 @@ class Trainer:
             return
         self.model.eval()
         for sample in self.source.sources[0][:count]:
-            *asked, wanted = sample.conversations[0]
-            said = self.model.say(asked, sample.images, max_new_tokens=24)
-            self.report.sample(sample.images, asked[-1].text, said, wanted.text)
+            self.report.sample(sample.images, *self.model.say_sample(sample, max_new_tokens=24))
         self.model.train()
 
     def _evaluate(self) -> None:

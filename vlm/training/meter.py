@@ -6,7 +6,6 @@ import time
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 
 @lru_cache(maxsize=4)
@@ -35,19 +34,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
-
-
-def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
-    """Matrix operations of forward and backward for one token through a language model's layers.
-
-    Two per weight forward, two for the gradient of its input, two more where the weight itself learns. The embedding
-    table and the vocabulary projection are left out: the first multiplies nothing, the second runs at labels only.
-    """
-    outside = {id(p) for p in embeddings.parameters()}
-    head = network.get_output_embeddings()
-    outside |= {id(p) for p in head.parameters()} if head is not None else set()
-    weights = [p for p in network.parameters() if p.ndim > 1 and id(p) not in outside]
-    return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in weights))
 
 
 class Meter:

@@ -2,26 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.data.conversation import IMAGE_SLOT, TokenizedText
+from vlm.data.catalogue import load_dataset
 from vlm.data.feature_cache import cache_features
 from vlm.data.images import load_image
 from vlm.data.mixing import MixtureOrder
-from vlm.data.packing import RowBatch
-from vlm.data.samples import Sample, load_samples
+from vlm.data.samples import Sample
 from vlm.errors import VlmError
-from vlm.models.generative import GenerativeModel
-from vlm.recipe import DataSection
+from vlm.recipe import DataSection, DataSpec
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample ready to collate: its texts as tokens, and its pictures' pixels [3,H,W] or cached tokens [N,D]."""
+    """A sample ready to collate: what its model made of its texts, and its pictures' pixels [3,H,W] or tokens [N,D]."""
 
-    texts: list[TokenizedText]
+    texts: Any
     images: tuple[str, ...]
     tensors: dict[str, Tensor]
 
@@ -33,7 +32,7 @@ class SampleSource:
     broken: sample id -> reason, for samples that were skipped.
     """
 
-    model: GenerativeModel
+    model: Any
     section: DataSection
     sources: list[list[Sample]]
     order: MixtureOrder
@@ -58,8 +57,7 @@ class SampleSource:
         ready = []
         for sample in samples:
             try:
-                texts = [self.model.tokenize(turns, self.section.max_length) for turns in sample.conversations]
-                _check_places(sample, texts, self.model.image_tokens)
+                texts = self.model.prepare_texts(sample, self.section.max_length)
                 ready.append(Prepared(texts, sample.images, {path: self.load_picture(path) for path in sample.images}))
             except VlmError as error:
                 self.skip(sample.id, str(error))
@@ -77,19 +75,19 @@ class SampleSource:
                 f"{self.section.max_broken} allows; the last: {name}: {reason}"
             )
 
-    def collate(self, prepared: Sequence[Prepared]) -> RowBatch:
+    def collate(self, prepared: Sequence[Prepared]) -> Any:
         """Prepared samples as one batch with the tensors of its pictures."""
         tensors = {path: tensor for sample in prepared for path, tensor in sample.tensors.items()}
         batch = self.model.collate([(sample.texts, sample.images) for sample in prepared])
         return batch.with_images(lambda paths: torch.stack([tensors[path] for path in paths]))
 
 
-def build_source(model: GenerativeModel, section: DataSection, seed: int, log: Callable[[str], None]) -> SampleSource:
+def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str], None]) -> SampleSource:
     """Load all data sources, and cache the frozen encoder's features if the recipe says so."""
     weights = [spec.weight for spec in section.train if spec.weight is not None]
     if weights and len(weights) < len(section.train):
         raise VlmError("data.train: give every source a weight, or none")
-    loaded = [load_samples(spec, model) for spec in section.train]
+    loaded = [_load(model, spec) for spec in section.train]
     sources = [samples for samples, _ in loaded]
     order = MixtureOrder([len(samples) for samples in sources], weights or None, seed)
 
@@ -107,7 +105,10 @@ def build_source(model: GenerativeModel, section: DataSection, seed: int, log: C
     return source
 
 
-def _check_places(sample: Sample, texts: Sequence[TokenizedText], image_tokens: int) -> None:
-    for text in texts:
-        if text.ids.count(IMAGE_SLOT) != len(sample.images) * image_tokens:
-            raise VlmError(f"`<image>` does not stand once for each of its {len(sample.images)} pictures")
+def _load(model: Any, spec: DataSpec) -> tuple[list[Sample], list[str]]:
+    """The samples of one source, and a line for each record that was broken."""
+    data = load_dataset(spec.dataset, spec.split, format=spec.format, images=spec.images, limit=spec.limit)
+    samples = model.samples(data.records, spec)
+    if not samples:
+        raise VlmError(f"data set {spec.dataset!r}, split {spec.split!r}: no record to train on as use: {spec.use}")
+    return samples, [f"{broken.where}: {broken.reason}" for broken in data.broken]

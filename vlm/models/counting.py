@@ -1,0 +1,16 @@
+"""How much a model computes."""
+
+from torch import nn
+
+
+def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
+    """Matrix operations of forward and backward for one token through a language model's layers.
+
+    Two per weight forward, two for the gradient of its input, two more where the weight itself learns. The embedding
+    table and the vocabulary projection are left out: the first multiplies nothing, the second runs at labels only.
+    """
+    outside = {id(p) for p in embeddings.parameters()}
+    head = network.get_output_embeddings()
+    outside |= {id(p) for p in head.parameters()} if head is not None else set()
+    weights = [p for p in network.parameters() if p.ndim > 1 and id(p) not in outside]
+    return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in weights))
