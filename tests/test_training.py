@@ -55,6 +55,20 @@ def test_micro_batches_do_not_change_the_result(tiny_folder, data, tmp_path):
     _same(tmp_path / "whole", tmp_path / "three")
 
 
+def test_threads_that_read_ahead_do_not_change_the_result(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "plain")
+    train(recipe, quiet=True)
+    section = recipe.data.model_copy(update={"workers": 3, "cache_features": False})
+    train(recipe.model_copy(update={"data": section, "output": str(tmp_path / "ahead")}), quiet=True)
+    _same(tmp_path / "plain", tmp_path / "ahead")
+
+
+def test_metrics_go_to_tensorboard_where_asked(tiny_folder, data, tmp_path):
+    pytest.importorskip("tensorboard")
+    train(tiny_recipe(tiny_folder, data, tmp_path / "run", steps=2, track=["tensorboard"]), quiet=True)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
 def test_cached_features_do_not_change_the_result(tiny_folder, data, tmp_path):
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "cached")
     train(recipe, quiet=True)
@@ -78,10 +92,10 @@ def test_an_interrupted_run_goes_on_exactly(tiny_folder, data, tmp_path):
     trainer = Trainer(recipe, quiet=True)
     original = trainer.train_step
 
-    def stopping(samples):
+    def stopping(samples, upcoming):
         if trainer.step == 4:
             trainer.stopping = True  # what SIGTERM does
-        return original(samples)
+        return original(samples, upcoming)
 
     trainer.train_step = stopping
     assert not trainer.train().finished

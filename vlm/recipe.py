@@ -136,7 +136,7 @@ class DataSection(Strict):
     max_broken: share of broken samples past which training stops.
     max_length: tokens of a sequence, image tokens included; by default the language model's context.
     cache_features: compute frozen image features once and keep them on disk.
-    workers: processes that read ahead; 0 reads in the training process.
+    workers: threads that decode and tokenise the next batch while this one trains; 0 does it in between.
     """
 
     train: list[DataSpec] = Field(min_length=1)
@@ -182,7 +182,6 @@ class TrainSection(Strict):
     epochs: float | None = Field(default=None, gt=0)
     seed: int = 0
     precision: Precision = "auto"
-    compile: bool = False
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

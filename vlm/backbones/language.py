@@ -229,6 +229,7 @@ def inject_lora(network: nn.Module, lora: LoraSpec) -> None:
         lora_dropout=lora.dropout,
         target_modules=names,
         bias="none",
+        fan_in_fan_out=any(isinstance(network.get_submodule(name), _conv1d()) for name in names),
     )
     inject_adapter_in_model(config, network)
     network.eval()

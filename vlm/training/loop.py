@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,14 @@ class Trainer:
         self.recipe = recipe
         device = pick_device()
         self.precision = pick_precision(recipe.train.precision, device)
+        if recipe.train.precision == "auto" and device.type == "mps":
+            self.precision = "fp32"  # fp16 would need loss scaling, which MPS has not
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            log_with=list(recipe.train.track) or None,
+            project_dir=recipe.output,
         )
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -68,6 +72,8 @@ class Trainer:
         if self.rank == 0:
             self.folder.start(recipe, resume)
         self.accelerator.wait_for_everyone()
+        if recipe.train.track:
+            self.accelerator.init_trackers(self.folder.path.name)
 
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
@@ -110,6 +116,8 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint.optimizer())
             self.step = checkpoint.step
             self.source.broken.update(checkpoint.state["broken"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
             self.report.say(f"resuming at step {self.step}")
         if self.rank == 0:
             self.folder.forget_metrics_after(self.step)
@@ -130,7 +138,7 @@ class Trainer:
         section = self.recipe.train
         with self._stop_on_sigterm(), self.report.bar(self.step, self.steps):
             while self.step < self.steps and not self._should_stop():
-                losses = self.train_step(self.source.batch(self.step, section.batch_size))
+                losses = self.train_step(self._samples(self.step), self._samples(self.step + 1))
                 self.step += 1
                 sums += [losses] if losses else []
                 if self.step % section.log_every == 0 or self.step == self.steps:
@@ -151,8 +159,14 @@ class Trainer:
             self.report.say(f"stopped at step {self.step} of {self.steps}; go on with --resume")
         return TrainResult(self.folder.path, self.step, metrics, finished)
 
-    def train_step(self, samples: list[Sample]) -> dict[str, float]:
+    def _samples(self, step: int) -> list[Sample]:
+        """The global batch of a step, none behind the last."""
+        return self.source.batch(step, self.recipe.train.batch_size) if step < self.steps else []
+
+    def train_step(self, samples: list[Sample], upcoming: Sequence[Sample] = ()) -> dict[str, float]:
         """One optimiser step on a global batch; returns its losses, or {} if the step was skipped.
+
+        upcoming: the next batch, which workers prepare meanwhile.
 
         Each process takes every n-th sample and goes through them in micro-batches. All divide by the number of loss
         terms of the whole global batch, so that any split gives the same gradient.
@@ -160,7 +174,8 @@ class Trainer:
         section = self.recipe.train
         # Dropout depends on (seed, step, process) alone, so a resumed run draws what the first would have drawn.
         torch.manual_seed((section.seed * 1_000_003 + self.step) * 4096 + self.rank)
-        prepared = self.source.prepare(samples[self.rank :: self.world])
+        mine = slice(self.rank, None, self.world)
+        prepared = self.source.prepare(samples[mine], upcoming[mine])
         size = section.micro_batch_size or len(samples)
         batches: list[Any] = [self._collate(prepared[i : i + size]) for i in range(0, len(prepared), size)]
         counts: Tensor = self.accelerator.reduce(self._unwrapped.counts(batches).to(self.device, torch.float32))
@@ -197,14 +212,20 @@ class Trainer:
 
     def _apply(self, losses: dict[str, float], samples: list[Sample]) -> bool:
         """Clip and step; a loss or gradient that is not finite skips the step."""
-        finite = math.isfinite(losses["loss"]) and gradients_finite(self.parameters)
+        scaler = self.accelerator.scaler  # fp16 alone has one
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        finite = gradients_finite(self.parameters) and math.isfinite(losses["loss"])
         if finite:
             if self.recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
-            self.optimizer.step()
+            self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
             self.bad_steps = 0
+        if scaler is not None:
+            scaler.update(None if finite else scaler.get_scale() * scaler.get_backoff_factor())
         self.optimizer.zero_grad(set_to_none=True)
-        if not finite:
+        # With a finite loss, an overflow in fp16 only says that the scale was too large.
+        if not finite and (scaler is None or not math.isfinite(losses["loss"])):
             self._note_bad_step(losses["loss"], samples)
         return finite
 
@@ -247,7 +268,9 @@ class Trainer:
         metrics["time"] = round(time.time(), 1)
         if self.rank == 0:
             self.folder.log(metrics)
-            self.report.metrics(metrics, self.steps, self.recipe.train.track, self.folder.path)
+            self.report.metrics(metrics, self.steps)
+        if self.recipe.train.track:
+            self.accelerator.log({k: v for k, v in metrics.items() if k not in ("step", "time")}, step=self.step)
         self.meter.reset()
         return metrics
 
@@ -288,10 +311,13 @@ class Trainer:
                 self.folder.checkpoints,
                 trained_state(self.model),
                 self.optimizer.state_dict(),
-                {"step": self.step, "broken": self.source.broken},
+                {"step": self.step, "broken": self.source.broken, "scaler": self._scaler_state()},
                 keep=self.recipe.train.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
+
+    def _scaler_state(self) -> dict[str, Any]:
+        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
 
     def _finish(self) -> None:
         self.model.eval()
@@ -301,6 +327,8 @@ class Trainer:
             self._evaluate()
         if self.source.broken:
             self.report.say(f"{len(self.source.broken)} broken samples were skipped")
+        if self.recipe.train.track:
+            self.accelerator.end_training()
         self.report.say(f"done: {self.folder.path}")
         self.accelerator.wait_for_everyone()
 

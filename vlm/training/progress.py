@@ -19,7 +19,6 @@ class Reporter:
         self.console = Console(quiet=silent, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._tracker: Any = None
 
     def say(self, text: str) -> None:
         """One line, above the progress bar."""
@@ -48,8 +47,8 @@ class Reporter:
             yield
         self._progress = None
 
-    def metrics(self, metrics: dict[str, Any], steps: int, track: Sequence[str], folder: Path) -> None:
-        """One logged step: to the bar or as a line, and to the trackers the recipe names."""
+    def metrics(self, metrics: dict[str, Any], steps: int) -> None:
+        """One logged step: to the bar or as a line."""
         text = (
             f"loss {metrics.get('loss', float('nan')):.4f}  {metrics['tokens_per_s']:.0f} tok/s  "
             f"{metrics['samples_per_s']:.1f} samples/s  {metrics['memory_gb']:.1f} GB  "
@@ -59,20 +58,6 @@ class Reporter:
             self._progress.update(self._task, completed=metrics["step"], description=text)
         else:
             self.say(f"step {metrics['step']}/{steps}  {text}")
-        if track:
-            self._track(metrics, track, folder)
-
-    def _track(self, metrics: dict[str, Any], track: Sequence[str], folder: Path) -> None:
-        from accelerate.tracking import filter_trackers
-
-        if self._tracker is None:
-            self._tracker = []
-            for name in track:
-                options = {"logging_dir": folder} if name == "tensorboard" else {}
-                self._tracker += [kind(folder.name, **options) for kind in filter_trackers([name], folder)]
-        values = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and k not in ("step", "time")}
-        for tracker in self._tracker:
-            tracker.log(values, step=metrics["step"])
 
     def sample(self, images: Sequence[str], asked: str, said: str, wanted: str) -> None:
         """What the model says to a training sample."""

@@ -1,6 +1,7 @@
 """Where batches come from: samples of all data sources, in an order that depends on seed and step alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,10 @@ class SampleSource:
     load_picture: Callable[[str], Tensor]
     log: Callable[[str], None]
     broken: dict[str, str] = field(default_factory=dict)
+    _begun: list[Future[Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.section.workers) if self.section.workers else None
 
     @property
     def num_samples(self) -> int:
@@ -49,19 +54,32 @@ class SampleSource:
         """The samples of the whole global batch of `step`."""
         return [self.sources[source][index] for source, index in self.order.batch(step, batch_size)]
 
-    def prepare(self, samples: Sequence[Sample]) -> list[Prepared]:
+    def prepare(self, samples: Sequence[Sample], upcoming: Sequence[Sample] = ()) -> list[Prepared]:
         """Samples as tokens and tensors; broken ones are left out, counted and logged.
 
+        upcoming: what is asked for next, begun already if there are workers.
         Raises VlmError once more than `max_broken` of all samples are broken.
         """
+        if self._pool is None:
+            results: Iterable[Prepared | VlmError] = map(self._prepare, samples)
+        else:
+            begun = self._begun or [self._pool.submit(self._prepare, sample) for sample in samples]
+            self._begun = [self._pool.submit(self._prepare, sample) for sample in upcoming]
+            results = (future.result() for future in begun)
         ready = []
-        for sample in samples:
-            try:
-                texts = self.model.prepare_texts(sample, self.section.max_length)
-                ready.append(Prepared(texts, sample.images, {path: self.load_picture(path) for path in sample.images}))
-            except VlmError as error:
-                self.skip(sample.id, str(error))
+        for sample, result in zip(samples, results):
+            if isinstance(result, Prepared):
+                ready.append(result)
+            else:
+                self.skip(sample.id, str(result))
         return ready
+
+    def _prepare(self, sample: Sample) -> Prepared | VlmError:
+        try:
+            texts = self.model.prepare_texts(sample, self.section.max_length)
+            return Prepared(texts, sample.images, {path: self.load_picture(path) for path in sample.images})
+        except VlmError as error:
+            return error
 
     def skip(self, name: str, reason: str) -> None:
         """Note a broken sample; raises VlmError when there are too many."""
