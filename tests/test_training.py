@@ -17,11 +17,6 @@ from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.loop import Trainer
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def data(tmp_path):
     return conversations(tmp_path / "data")
