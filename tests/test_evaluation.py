@@ -89,8 +89,9 @@ def test_a_model_is_scored_and_the_files_are_written(benchmark: str, tmp_path: P
     assert result.score == pytest.approx(50.0)
     assert result.count == 6
     assert result.scores == {"exact": pytest.approx(50.0), "official": pytest.approx(50.0)}
-    assert result.per_question_type == {"colour": pytest.approx(100 / 3), "odd": pytest.approx(200 / 3)}
-    assert result.per_answer_type == {"other": pytest.approx(50.0)}
+    assert result.metrics == {"accuracy": pytest.approx(50.0)}
+    assert result.tables["per_question_type"] == {"colour": pytest.approx(100 / 3), "odd": pytest.approx(200 / 3)}
+    assert result.tables["per_answer_type"] == {"other": pytest.approx(50.0)}
     assert result.baselines == {"majority": pytest.approx(50.0), "per_question": pytest.approx(50.0)}
     assert 0 <= result.interval[0] <= 50 <= result.interval[1] <= 100
 

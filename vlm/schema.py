@@ -52,7 +52,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str] | tuple[str, .
 
     `train.steps=10`, `data.train.0.weight=2`, `model.language_model.lora.rank=8`. Raises VlmError on a malformed one.
     """
-    result = yaml.safe_load(yaml.safe_dump(content))
+    result = yaml.safe_load(yaml.safe_dump(content, sort_keys=False))
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():

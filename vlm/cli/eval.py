@@ -36,7 +36,7 @@ def evaluate(
             "it. By default eval/BENCHMARK in the run folder, else eval-results/BENCHMARK."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions asked at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records asked at once.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json, one line per benchmark.")] = False,
     show_list: Annotated[
         bool, typer.Option("--list", help="List the benchmarks that travel with the library.")
@@ -104,12 +104,14 @@ def _print_result(result: "EvaluationResult") -> None:
     from rich.table import Table
 
     from vlm.evaluation.baselines import BASELINES
+    from vlm.evaluation.tasks import TASKS
 
+    noun = TASKS[result.task].noun
     others = [protocol for protocol in result.scores if protocol != result.protocol]
     limit = result.settings["limit"]
     part = "" if limit is None else f" (the first {limit:,} of {result.settings['records_in_data_set']:,})"
     table = Table(
-        title=f"{result.benchmark}: {result.metric} in %, {result.count:,} questions{part}", title_justify="left"
+        title=f"{result.benchmark}: {result.metric} in %, {result.count:,} {noun}{part}", title_justify="left"
     )
     table.add_column("")
     table.add_column(result.protocol, justify="right")
@@ -125,6 +127,9 @@ def _print_result(result: "EvaluationResult") -> None:
         table.add_row(escape(f"published: {entry['model']}"), f"{entry['score']:.2f}")
     console = Console()
     console.print(table)
+    if len(result.metrics) > 1:
+        every = "  ".join(f"{name.replace('_', ' ')} {score:.2f}" for name, score in result.metrics.items())
+        console.print(every, soft_wrap=True, highlight=False)
     if result.broken:
         first = result.broken[0]
         text = f"{len(result.broken):,} samples could not be asked and count as wrong; the first: {first['error']}"

@@ -7,27 +7,37 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "Benchmark": "vlm.evaluation.benchmark",
     "EvaluationResult": "vlm.evaluation.runner",
+    "RetrievalScores": "vlm.evaluation.retrieval",
     "VqaScores": "vlm.evaluation.vqa",
+    "ZeroShotScores": "vlm.evaluation.zero_shot",
     "bootstrap_interval": "vlm.evaluation.intervals",
     "evaluate": "vlm.evaluation.runner",
     "load_benchmark": "vlm.evaluation.benchmark",
+    "retrieval_recall": "vlm.evaluation.retrieval",
     "vqa_accuracy": "vlm.evaluation.vqa",
+    "zero_shot_scores": "vlm.evaluation.zero_shot",
 }
 __all__ = [
     "Benchmark",
     "EvaluationResult",
+    "RetrievalScores",
     "VqaScores",
+    "ZeroShotScores",
     "bootstrap_interval",
     "evaluate",
     "load_benchmark",
+    "retrieval_recall",
     "vqa_accuracy",
+    "zero_shot_scores",
 ]
 
 if TYPE_CHECKING:
     from vlm.evaluation.benchmark import Benchmark, load_benchmark
     from vlm.evaluation.intervals import bootstrap_interval
+    from vlm.evaluation.retrieval import RetrievalScores, retrieval_recall
     from vlm.evaluation.runner import EvaluationResult, evaluate
     from vlm.evaluation.vqa import VqaScores, vqa_accuracy
+    from vlm.evaluation.zero_shot import ZeroShotScores, zero_shot_scores
 
 
 def __getattr__(name: str) -> Any:

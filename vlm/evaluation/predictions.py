@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.data.records import Record
 from vlm.errors import VlmError
-from vlm.evaluation.tasks import Prediction
+from vlm.evaluation.task import Prediction
 from vlm.evaluation.vqa import check_same_ids
 
 
@@ -75,4 +75,7 @@ def _entry(row: Any, where: str) -> tuple[str, Prediction]:
         return str(key), Prediction(None, str(row.get("error") or "no prediction"))
     if not isinstance(text, str):
         raise VlmError(f"{where}: the answer must be text, found {text!r}")
-    return str(key), Prediction(text)
+    ranking = row.get("ranking", [])
+    if not isinstance(ranking, list) or not all(isinstance(guess, str) for guess in ranking):
+        raise VlmError(f"{where}: `ranking` must be a list of texts, found {ranking!r}")
+    return str(key), Prediction(text, ranking=tuple(ranking))

@@ -10,11 +10,13 @@ from typing import Any
 
 from vlm.evaluation.baselines import BASELINES
 from vlm.evaluation.result import EvaluationResult, Sample
+from vlm.evaluation.tasks import TASKS
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _MAX_PICTURES = 300
 _MAX_CHARACTERS = 4_500_000
 _THUMBNAIL = 128
+_FOLDED = 40  # a table with more rows opens on a click
 
 
 def render_report(result: EvaluationResult) -> str:
@@ -32,6 +34,8 @@ def render_report(result: EvaluationResult) -> str:
     shown = sum(len(samples) for samples in chosen[: len(cards)])
     limit = result.settings.get("limit")
     low, high = result.interval
+    noun = TASKS[result.task].noun
+    said = "" if noun == "pictures" else f", {shown:,} of {result.count:,} {noun}"
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{result.benchmark}: {result.model}"),
         description=escape(result.description),
@@ -44,10 +48,12 @@ def render_report(result: EvaluationResult) -> str:
         limited="" if limit is None else f" (only the first {limit:,} of {result.settings['records_in_data_set']:,})",
         broken=_broken(result),
         comparison="\n".join(_comparison(result)),
-        comparison_note="Ours with its 95 % interval. Blind baselines are measured here, on the same questions, "
-        "without the pictures. Published scores may rest on other protocols: follow their source.",
+        comparison_note="Ours with its 95 % interval. "
+        + ("Blind baselines are measured here, on the same questions, without the pictures. " * bool(result.baselines))
+        + "Published scores may rest on other protocols: follow their source.",
+        noun=noun,
         tables="\n".join(_tables(result)),
-        shown_note=f"Shown: {len(cards):,} of {len(pictures):,} pictures, {shown:,} of {result.count:,} questions"
+        shown_note=f"Shown: {len(cards):,} of {len(pictures):,} pictures{said}"
         + ("." if len(cards) == len(pictures) else ", wrong ones preferred; samples.jsonl holds all."),
         samples="\n".join(cards),
     )
@@ -96,18 +102,25 @@ def _bar(name: str, score: float, note: str, kind: str = "other", interval: tupl
 
 def _tables(result: EvaluationResult) -> list[str]:
     tables = []
-    for title, scores in (
-        ("The same answers by each protocol", result.scores),
-        ("By question type", result.per_question_type),
-        ("By answer type", result.per_answer_type),
-    ):
-        if scores:
-            rows = [(name, _number(score)) for name, score in scores.items()]
-            tables.append(_table(title, rows, "number"))
+    if len(result.metrics) > 1:
+        tables.append(_table("All metrics", [_metric_row(result, name) for name in result.metrics], "number"))
+    groups = [(title.replace("_", " ").capitalize(), scores) for title, scores in result.tables.items()]
+    for title, scores in (("The same answers by each protocol", result.scores), *groups):
+        rows = [(name, _number(score)) for name, score in scores.items()]
+        tables.append(_table(title, rows, "number"))
     settings = [*_flat(result.settings), ("seconds", str(result.seconds)), ("git commit", result.git_commit or "none")]
     tables.append(_table("Settings", settings))
     tables.append(_table("Versions", list(result.versions.items())))
     return tables
+
+
+def _metric_row(result: EvaluationResult, name: str) -> tuple[str, str]:
+    """A metric with its interval, if it has one."""
+    score = _number(result.metrics[name])
+    if name not in result.intervals:
+        return name.replace("_", " "), score
+    low, high = result.intervals[name]
+    return name.replace("_", " "), f"{score} ({_number(low)} to {_number(high)})"
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -123,7 +136,10 @@ def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _table(title: str, rows: list[tuple[str, str]], kind: str = "") -> str:
     cells = "".join(f'<tr><td>{escape(k)}</td><td class="{kind}">{escape(v)}</td></tr>' for k, v in rows)
-    return f"<section><h2>{escape(title)}</h2><table><tbody>{cells}</tbody></table></section>"
+    table = f"<table><tbody>{cells}</tbody></table>"
+    if len(rows) > _FOLDED:
+        table = f"<details><summary>{len(rows):,} rows</summary>{table}</details>"
+    return f"<section><h2>{escape(title)}</h2>{table}</section>"
 
 
 def _by_picture(samples: list[Sample]) -> list[list[Sample]]:
@@ -166,11 +182,12 @@ def _question(sample: Sample) -> str:
     truth = ", ".join(
         answer if times == 1 else f"{answer} ×{times}" for answer, times in Counter(sample.answers).most_common()
     )
+    rest = f"what the model said: {', '.join(sample.ranking) or said}"
     return (
         f'<div class="q {kind_of(sample.score)}" data-id="{escape(sample.id)}">'
         f"<span>{escape(sample.question or '')}</span>"
-        f'<span class="p" title="what the model said">{escape(said)}</span>'
-        f'<span class="soft" title="what people say">{escape(truth)}</span><span>{100 * sample.score:.0f}</span></div>'
+        f'<span class="p" title="{escape(rest)}">{escape(said)}</span>'
+        f'<span class="soft" title="what is right">{escape(truth)}</span><span>{100 * sample.score:.0f}</span></div>'
     )
 
 

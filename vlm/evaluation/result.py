@@ -6,7 +6,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +14,10 @@ from typing import Any, TextIO
 
 @dataclass(frozen=True)
 class Sample:
-    """One question: what was asked, said and right; `score` between 0 and 1; `error` where nothing could be asked."""
+    """One question: what was asked, said and right; `score` between 0 and 1; `error` where nothing could be asked.
+
+    ranking: the best guesses in order, where the task makes several.
+    """
 
     id: str
     image: str | None
@@ -23,14 +26,16 @@ class Sample:
     answers: list[str]
     score: float
     error: str | None
+    ranking: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One benchmark's result; scores and intervals in per cent.
+    """One benchmark's result; scores and intervals in per cent (median ranks are ranks).
 
-    score, interval: by `protocol`, the interval by bootstrap over pictures (95 %).
-    scores: by every protocol asked for.
+    score, interval: of `metric` by `protocol`, the interval by bootstrap over pictures (95 %).
+    scores: of `metric` by every protocol asked for. metrics, intervals: of every metric of the task by `protocol`.
+    tables: scores of groups: title -> group -> score.
     baselines: by `protocol`; keys of `vlm.evaluation.baselines.BASELINES`.
     broken: samples that could not be asked (they count as wrong), each with id, image and error.
     settings: everything the score depends on besides the model.
@@ -47,8 +52,9 @@ class EvaluationResult:
     interval: tuple[float, float]
     count: int
     scores: dict[str, float]
-    per_question_type: dict[str, float]
-    per_answer_type: dict[str, float]
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    tables: dict[str, dict[str, float]]
     baselines: dict[str, float]
     published: list[dict[str, Any]]
     broken: list[dict[str, Any]]
@@ -62,7 +68,8 @@ class EvaluationResult:
     def summary(self) -> dict[str, Any]:
         """What results.json holds: everything but the samples."""
         content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
-        return content | {"interval": list(self.interval), "output": str(self.output)}
+        intervals = {name: list(interval) for name, interval in self.intervals.items()}
+        return content | {"interval": list(self.interval), "intervals": intervals, "output": str(self.output)}
 
 
 def write_result(result: EvaluationResult) -> None:
@@ -72,7 +79,10 @@ def write_result(result: EvaluationResult) -> None:
     result.output.mkdir(parents=True, exist_ok=True)
     with _replaced(result.output / "samples.jsonl") as file:
         for sample in result.samples:
-            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
+            row = asdict(sample)
+            if not sample.ranking:
+                del row["ranking"]
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     with _replaced(result.output / "report.html") as file:
         file.write(render_report(result))
     with _replaced(result.output / "results.json") as file:

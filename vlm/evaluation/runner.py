@@ -13,7 +13,8 @@ from vlm.evaluation.benchmark import Benchmark, load_benchmark
 from vlm.evaluation.intervals import bootstrap_interval
 from vlm.evaluation.predictions import match_predictions, read_predictions
 from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
-from vlm.evaluation.tasks import TASKS, Prediction
+from vlm.evaluation.task import Job
+from vlm.evaluation.tasks import TASKS
 
 
 def evaluate(
@@ -31,8 +32,8 @@ def evaluate(
 
     benchmark: a shipped name, a YAML file, or a loaded benchmark; overrides: `KEY=VALUE` into it.
     model: a loaded model, or a name or run folder for `load_model`; model_name: what results call a loaded one.
-    predictions: `[{question_id, answer}]` or an earlier samples.jsonl, about exactly the data set's questions.
-    limit: only the first N records. batch_size: questions asked at once; those of one picture always go together.
+    predictions: `[{question_id, answer}]` or an earlier samples.jsonl, about exactly the data set's records.
+    limit: only the first N records. batch_size: records asked at once; questions of one picture always go together.
     output: folder to write to; by default `eval/<benchmark>` in the run folder, else `eval-results/<benchmark>`.
 
     Samples that cannot be read count as wrong and are listed. Raises VlmError on anything the user can mend.
@@ -45,6 +46,8 @@ def evaluate(
         raise VlmError(f"batch_size must be at least 1, got {batch_size}")
     plan = benchmark if isinstance(benchmark, Benchmark) else load_benchmark(benchmark, list(overrides))
     task = TASKS[plan.task]
+    if predictions is not None and task.outputs_of is None:
+        raise VlmError(f"{plan.name}: the task {plan.task} cannot score a file of predictions; give a model")
     named = isinstance(model, (str, Path))
     name = model_name or (str(predictions) if predictions is not None else _name_of(model))
     folder = Path(output) if output is not None else default_output(str(model) if named else None, plan.name)
@@ -57,31 +60,35 @@ def evaluate(
     records = everything[:limit]
     room = len(unreadable) if limit is None else max(0, limit - len(records))
     unreadable = unreadable[:room]
+    job = Job(plan, everything, records, len(unreadable))
 
+    outputs: Any
     if predictions is not None:
+        assert task.outputs_of is not None
         path = Path(predictions)
-        found = match_predictions(read_predictions(path), everything, records, str(path))
+        outputs = task.outputs_of(match_predictions(read_predictions(path), everything, records, str(path)))
     else:
         if named:
             from vlm.loading import load_model
 
             model = load_model(str(model))
         with _progress(f"{plan.name}", len(records), progress) as advance:
-            found = task.predict(model, records, plan.prompt, plan.decoding, batch_size, advance)
-        if found and all(prediction.error for prediction in found):
+            outputs = task.ask(model, job, batch_size, advance)
+        problems = task.problems(outputs)
+        if problems and all(problems):
             raise VlmError(
-                f"{plan.name}: none of {len(found)} records could be asked, the first because: {found[0].error}; "
+                f"{plan.name}: none of {len(problems)} records could be asked, the first because: {problems[0]}; "
                 "is `dataset.images` right?"
             )
     settings = {
-        **plan.model_dump(include={"dataset", "prompt", "decoding", "protocol", "also", "baselines"}),
+        **plan.model_dump(include={"dataset", "prompt", "protocol", "also", *task.keys}),
         "limit": limit,
         "records_in_data_set": total,
         "batch_size": batch_size,
         "predictions": None if predictions is None else str(predictions),
         "interval": "95 % bootstrap over pictures, 1000 resamples, seed 0",
     }
-    result = _score(plan, name, folder, records, found, unreadable, settings, began)
+    result = _score(job, outputs, name, folder, unreadable, settings, began)
     write_result(result)
     return result
 
@@ -127,40 +134,28 @@ def _baseline_scores(plan: Benchmark, records: Sequence[Record]) -> dict[str, fl
 
     training = load_dataset(plan.dataset.name, str(plan.baselines)).records
     score = TASKS[plan.task].metrics[plan.metric].score
+    assert score is not None
     guesses = blind_baselines(training, [record.question or "" for record in records])
     return {key: score(records, texts, plan.protocol).accuracy for key, texts in guesses.items()}
 
 
 def _score(
-    plan: Benchmark,
+    job: Job,
+    outputs: Any,
     name: str,
     folder: Path,
-    records: list[Record],
-    predictions: list[Prediction],
     unreadable: list[Sample],
     settings: dict[str, Any],
     began: float,
 ) -> EvaluationResult:
-    """The predictions' scores by every protocol, beside the baselines'."""
-    metric = TASKS[plan.task].metrics[plan.metric]
-    texts = [prediction.text for prediction in predictions]
-    by_protocol = {protocol: metric.score(records, texts, protocol) for protocol in (plan.protocol, *plan.also)}
-    headline = by_protocol[plan.protocol]
-    samples = [
-        Sample(
-            id=record.id,
-            image=record.images[0] if record.images else None,
-            question=record.question,
-            prediction=prediction.text,
-            answers=list(record.answers),
-            score=score,
-            error=prediction.error,
-        )
-        for record, prediction, score in zip(records, predictions, headline.per_sample, strict=True)
-    ] + unreadable
-    # Records that could not be read count, as wrong: they dilute every score.
-    share = len(records) / len(samples)
-    low, high = bootstrap_interval([sample.score for sample in samples], [s.image or s.id for s in samples])
+    """The outputs' scores by every protocol, beside the baselines'."""
+    plan, task = job.plan, TASKS[job.plan.task]
+    judged = {protocol: task.judge(job, outputs, protocol) for protocol in (plan.protocol, *plan.also)}
+    headline = judged[plan.protocol]
+    samples = headline.samples + unreadable
+    intervals = {
+        metric: _interval(headline.samples, values, unreadable) for metric, values in headline.contributions.items()
+    }
     return EvaluationResult(
         benchmark=plan.name,
         description=plan.description,
@@ -168,13 +163,14 @@ def _score(
         task=plan.task,
         metric=plan.metric,
         protocol=plan.protocol,
-        score=headline.accuracy * share,
-        interval=(100 * low, 100 * high),
+        score=headline.scores[plan.metric],
+        interval=intervals[plan.metric],
         count=len(samples),
-        scores={protocol: scores.accuracy * share for protocol, scores in by_protocol.items()},
-        per_question_type=headline.per_question_type,
-        per_answer_type=headline.per_answer_type,
-        baselines=_baseline_scores(plan, records) if plan.baselines else {},
+        scores={protocol: found.scores[plan.metric] for protocol, found in judged.items()},
+        metrics=headline.scores,
+        intervals=intervals,
+        tables={title: scores for title, scores in headline.tables.items() if scores},
+        baselines=_baseline_scores(plan, job.records) if plan.baselines else {},
         published=[entry.model_dump() for entry in plan.published],
         broken=[{"id": s.id, "image": s.image, "error": s.error} for s in samples if s.error],
         settings=settings,
@@ -184,6 +180,14 @@ def _score(
         output=folder,
         samples=samples,
     )
+
+
+def _interval(samples: list[Sample], values: list[float | None], unreadable: list[Sample]) -> tuple[float, float]:
+    """The 95 % interval in per cent of a metric that some of the samples have a part in."""
+    pairs = [(value, s.image or s.id) for value, s in zip(values, samples, strict=True) if value is not None]
+    pairs += [(0.0, s.id) for s in unreadable]
+    low, high = bootstrap_interval([value for value, _ in pairs], [cluster for _, cluster in pairs])
+    return 100 * low, min(100.0, 100 * high)  # weighted values, as of a mean per class, can pass 1 in a resample
 
 
 @contextmanager

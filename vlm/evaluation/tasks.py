@@ -1,61 +1,27 @@
-"""How each task asks a model and judges what it says. A new task or metric is one entry in `TASKS`."""
+"""The table of tasks, and the task `vqa`. A new task or metric is one entry in `TASKS`."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
+from vlm.evaluation import classifying, retrieving
+from vlm.evaluation.result import Sample
+from vlm.evaluation.task import Advance, Job, Judged, Metric, Prediction, Task, without_broken
 from vlm.evaluation.vqa import PROTOCOLS, VqaScores, vqa_accuracy
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model said about one record; no text and an error where its picture could not be read."""
-
-    text: str | None
-    error: str | None = None
+__all__ = ["TASKS", "Metric", "Prediction", "Task", "answer_questions", "whole_pictures"]
 
 
-@dataclass(frozen=True)
-class Metric:
-    """`score(records, texts, protocol)`: a text of None is wrong."""
-
-    score: Callable[[Sequence[Record], Sequence[str | None], str], VqaScores]
-    protocols: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Task:
-    """`predict(model, records, prompt, decoding, batch_size, advance)` gives one Prediction per record, in order.
-
-    check: raises VlmError on a record that cannot serve the task.
-    prompt_fields: what a prompt must have a place for.
-    advance: called with the number of records done since the last call.
-    """
-
-    predict: Callable[..., list[Prediction]]
-    check: Callable[[Record], None]
-    prompt_fields: tuple[str, ...]
-    metrics: dict[str, Metric]
-
-
-def answer_questions(
-    model: Any,
-    records: Sequence[Record],
-    prompt: str,
-    decoding: dict[str, Any],
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> list[Prediction]:
+def answer_questions(model: Any, job: Job, batch_size: int, advance: Advance) -> list[Prediction]:
     """Ask `model.answer` every record's question, all questions of a picture in one call (it shares their work)."""
     if not hasattr(model, "answer"):
         raise UnsupportedTask(f"{type(model).__name__} cannot answer questions; generative models can")
-    predictions: list[Prediction] = [Prediction(None)] * len(records)
-    for chunk in whole_pictures(records, batch_size):
-        questions = [prompt.replace("{question}", records[index].question or "") for index in chunk]
-        images = [records[index].images[0] for index in chunk]
-        for index, prediction in zip(chunk, _answer(model, images, questions, decoding), strict=True):
+    predictions: list[Prediction] = [Prediction(None)] * len(job.records)
+    for chunk in whole_pictures(job.records, batch_size):
+        questions = [job.plan.prompt.replace("{question}", job.records[index].question or "") for index in chunk]
+        images = [job.records[index].images[0] for index in chunk]
+        for index, prediction in zip(chunk, _answer(model, images, questions, job.plan.decoding), strict=True):
             predictions[index] = prediction
         advance(len(chunk))
     return predictions
@@ -78,32 +44,22 @@ def whole_pictures(records: Sequence[Record], size: int) -> Iterator[list[int]]:
 
 def _answer(model: Any, images: list[str], questions: list[str], decoding: dict[str, Any]) -> list[Prediction]:
     """One call; where pictures of it turn out broken, a second one without them."""
-    from vlm.data.images import BrokenImage
+    asked: list[str] = []
 
-    try:
-        texts = list(model.answer(images, questions, **decoding)) if images else []
-    except (BrokenImage, FileNotFoundError):
-        problems = {path: problem for path in dict.fromkeys(images) if (problem := _problem(path))}
-        if not problems:
-            raise
-        keep = [index for index, path in enumerate(images) if path not in problems]
-        whole = _answer(model, [images[index] for index in keep], [questions[index] for index in keep], decoding)
-        answered = dict(zip(keep, whole, strict=True))
-        return [answered.get(index) or Prediction(None, problems[path]) for index, path in enumerate(images)]
-    if len(texts) != len(questions):
-        raise VlmError(f"{type(model).__name__}.answer gave {len(texts)} answers to {len(questions)} questions")
-    return [Prediction(text) for text in texts]
+    def call(pictures: list[str]) -> list[str]:
+        # The second call is of the pictures of the first that can be read, in their order.
+        readable = set(pictures)
+        asked[:] = [text for image, text in zip(images, questions, strict=True) if image in readable]
+        return list(model.answer(pictures, asked, **decoding))
 
-
-def _problem(path: str) -> str | None:
-    """Why a picture cannot be read, or None if it can."""
-    from vlm.data.images import BrokenImage, load_image
-
-    try:
-        load_image(path)
-    except (BrokenImage, OSError) as error:
-        return str(error)
-    return None
+    texts, whole, problems = without_broken(call, images)
+    if len(texts or []) != len(whole):
+        raise VlmError(f"{type(model).__name__}.answer gave {len(texts or [])} answers to {len(whole)} questions")
+    answered = dict(zip(whole, texts or [], strict=True))
+    return [
+        Prediction(None, problems[index]) if index in problems else Prediction(answered[index])
+        for index in range(len(images))
+    ]
 
 
 def _check_vqa(record: Record) -> None:
@@ -124,11 +80,65 @@ def _score_vqa(records: Sequence[Record], texts: Sequence[str | None], protocol:
     )
 
 
-TASKS = {
+def _judge_vqa(job: Job, predictions: list[Prediction], protocol: str) -> Judged:
+    score = TASKS["vqa"].metrics[job.plan.metric].score
+    assert score is not None
+    found: VqaScores = score(job.records, [prediction.text for prediction in predictions], protocol)
+    samples = [
+        Sample(
+            id=record.id,
+            image=record.images[0],
+            question=record.question,
+            prediction=prediction.text,
+            answers=list(record.answers),
+            score=value,
+            error=prediction.error,
+        )
+        for record, prediction, value in zip(job.records, predictions, found.per_sample, strict=True)
+    ]
+    return Judged(
+        scores={job.plan.metric: job.diluted(found.accuracy, len(samples))},
+        samples=samples,
+        contributions={job.plan.metric: list(found.per_sample)},
+        tables={"per_question_type": found.per_question_type, "per_answer_type": found.per_answer_type},
+    )
+
+
+def _errors(predictions: list[Prediction]) -> list[str | None]:
+    return [prediction.error for prediction in predictions]
+
+
+TASKS: dict[str, Task] = {
     "vqa": Task(
-        predict=answer_questions,
+        ask=answer_questions,
+        judge=_judge_vqa,
         check=_check_vqa,
-        prompt_fields=("question",),
         metrics={"accuracy": Metric(_score_vqa, PROTOCOLS)},
+        problems=_errors,
+        outputs_of=list,
+        prompt="{question}",
+        prompt_fields=("question",),
+        keys=("decoding", "baselines"),
+        noun="questions",
+    ),
+    "zero_shot": Task(
+        ask=classifying.classify_pictures,
+        judge=classifying.judge,
+        check=classifying.check,
+        metrics={name: Metric() for name in classifying.METRICS},
+        problems=_errors,
+        outputs_of=list,
+        keys=("classes", "templates", "class_prompts"),
+        noun="pictures",
+    ),
+    "retrieval": Task(
+        ask=retrieving.embed,
+        judge=retrieving.judge,
+        check=retrieving.check,
+        metrics={name: Metric(protocols=retrieving.PROTOCOLS) for name in retrieving.METRICS},
+        problems=retrieving.problems,
+        prompt="{caption}",
+        prompt_fields=("caption",),
+        noun="queries",
     ),
 }
