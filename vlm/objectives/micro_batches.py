@@ -1,0 +1,130 @@
+"""A loss over the embeddings of a whole batch when only a part of it fits through the model at once.
+
+Gao et al. 2021 (GradCache), section 3: embed every micro-batch without gradient, take the loss's gradient with respect
+to the embeddings, then embed each micro-batch again and send that gradient through. Both passes see the same random
+numbers, so dropout does not make them differ. Statistics that a layer keeps (batch norm) are updated twice.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Micro = TypeVar("Micro")
+Embed = Callable[[Micro], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of torch's generators on the CPU and on the current accelerator."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    mps: Tensor | None
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """The state at this moment."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        return cls(torch.get_rng_state(), cuda, mps)
+
+    def restore(self) -> None:
+        """Make the generators go on from here."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
+
+    @contextmanager
+    def again(self) -> Any:
+        """Random numbers as from this state on inside; outside as if nothing had happened."""
+        outside = RandomState.now()
+        self.restore()
+        try:
+            yield
+        finally:
+            outside.restore()
+
+
+@dataclass(frozen=True)
+class Replay(Generic[Micro]):
+    """What the second pass needs: one call of `surrogate` a micro-batch, each followed by its backward.
+
+    loss: of the whole batch, detached. gradients: of each micro-batch's embeddings. shared: parameters the loss reads
+    beside the embeddings, with their gradients.
+    """
+
+    loss: Tensor
+    embed: Embed[Micro]
+    micro_batches: Sequence[Micro]
+    states: Sequence[RandomState]
+    gradients: Sequence[tuple[Tensor | None, ...]]
+    shared: Sequence[tuple[Tensor, Tensor | None]]
+
+    def surrogate(self, number: int) -> Tensor:
+        """A scalar whose gradient is micro-batch `number`'s part of the whole loss's gradient.
+
+        The gradient of the shared parameters is part of the last one, so that everything flows through one place.
+        Its value means nothing.
+        """
+        with self.states[number].again():
+            embeddings = self.embed(self.micro_batches[number])
+        pairs = list(zip(embeddings, self.gradients[number]))
+        if number == len(self.micro_batches) - 1:
+            pairs += self.shared
+        terms = [(value * gradient).sum() for value, gradient in pairs if gradient is not None]
+        return sum(terms[1:], start=terms[0])
+
+
+def plan_replay(
+    embed: Embed[Micro],
+    micro_batches: Sequence[Micro],
+    loss: Callable[..., Tensor],
+    shared: Sequence[Tensor] = (),
+) -> Replay[Micro]:
+    """The first pass: embeddings of every micro-batch without gradient, the loss on all, and its gradients.
+
+    embed(micro_batch): embeddings, each [b,...]. loss(*embeddings): scalar of the embeddings of the whole batch,
+    each [B,...]. shared: what else the loss differentiates by (logit scale, bias).
+    """
+    states, pieces = [], []
+    with torch.no_grad():
+        for micro_batch in micro_batches:
+            states.append(RandomState.now())
+            pieces.append(tuple(e.detach() for e in embed(micro_batch)))
+            # Autocast keeps half-precision copies of weights; those made here carry no gradient.
+            torch.clear_autocast_cache()
+    whole = [torch.cat(parts).requires_grad_() for parts in zip(*pieces)]
+    learning = [p for p in shared if p.requires_grad]
+    with torch.enable_grad():
+        value = loss(*whole)
+    found = torch.autograd.grad(value, [*whole, *learning], allow_unused=True)
+    gradients: list[tuple[Tensor | None, ...]] = []
+    start = 0
+    for piece in pieces:
+        rows = slice(start, start + len(piece[0]))
+        gradients.append(tuple(None if g is None else g[rows] for g in found[: len(whole)]))
+        start = rows.stop
+    return Replay(value.detach(), embed, micro_batches, states, gradients, list(zip(learning, found[len(whole) :])))
+
+
+def backward_in_micro_batches(
+    embed: Embed[Micro],
+    micro_batches: Sequence[Micro],
+    loss: Callable[..., Tensor],
+    shared: Sequence[Tensor] = (),
+    backward: Callable[[Tensor], Any] = torch.Tensor.backward,
+) -> Tensor:
+    """Both passes: adds the whole batch's gradient to `.grad` and returns its loss, detached.
+
+    backward: what sends a surrogate back, e.g. one that scales it first (fp16).
+    """
+    replay = plan_replay(embed, micro_batches, loss, shared)
+    for number in range(len(micro_batches)):
+        backward(replay.surrogate(number))
+    return replay.loss
