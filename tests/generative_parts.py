@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 from tiny_models import CHATML, tiny_hf_image_model, tiny_language_model
 
+from vlm.model_spec import GenerativeSpec
 from vlm.models.build import build_model
 from vlm.models.generative import GenerativeModel
-from vlm.recipe import GenerativeSpec
 
 
 def generative_spec(tiny_folder: Callable[..., Path], kind: str = "llama", **options: Any) -> GenerativeSpec:

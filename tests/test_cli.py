@@ -115,7 +115,7 @@ def test_the_sources_told_are_those_of_the_builders() -> None:
 def test_the_sizes_told_are_those_of_the_weights() -> None:
     from vlm.backbones.image import build_image_encoder
     from vlm.backbones.text import build_text_encoder
-    from vlm.recipe import ImageEncoderSpec
+    from vlm.model_spec import ImageEncoderSpec
 
     told = {part.name: part.parameters for part in STARTER_PARTS}
     image = build_image_encoder(ImageEncoderSpec(name="starter:efficientnet_lite0"))

@@ -12,7 +12,7 @@ from vlm.backbones.image import build_image_encoder
 from vlm.data.feature_cache import cache_features, store_folder
 from vlm.data.images import BrokenImage, load_image
 from vlm.errors import VlmError
-from vlm.recipe import ImageEncoderSpec
+from vlm.model_spec import ImageEncoderSpec
 
 
 @pytest.fixture

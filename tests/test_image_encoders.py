@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm.backbones.image import ImageEncoder, build_image_encoder
 from vlm.errors import VlmError
-from vlm.recipe import ImageEncoderSpec
+from vlm.model_spec import ImageEncoderSpec
 
 KINDS = [*(f"hf-{k}" for k in HF_IMAGE_KINDS), *(f"timm-{k}" for k in TIMM_IMAGE_MODELS), "open_clip"]
 VITS = ["hf-clip", "hf-clip_vision", "hf-siglip", "hf-siglip_vision", "hf-vit", "hf-dinov2", "timm-vit", "open_clip"]

@@ -5,7 +5,7 @@ import torch
 
 from vlm.bridges.projection import Projection, pixel_shuffle
 from vlm.errors import VlmError
-from vlm.recipe import ProjectionSpec
+from vlm.model_spec import ProjectionSpec
 
 
 def _parameters(module):

@@ -77,7 +77,7 @@ def test_an_unknown_recipe_suggests_the_nearest(tmp_path):
 )
 def test_an_unknown_image_encoder_suggests_the_nearest(name, message):
     from vlm.backbones.image import build_image_encoder
-    from vlm.recipe import ImageEncoderSpec
+    from vlm.model_spec import ImageEncoderSpec
 
     with pytest.raises(VlmError) as error:
         build_image_encoder(ImageEncoderSpec(name=name))
@@ -87,7 +87,7 @@ def test_an_unknown_image_encoder_suggests_the_nearest(name, message):
 @pytest.mark.parametrize("name", ["hf:/no/such/folder", "starter:smollm3", "timm:vit_base_patch16_224"])
 def test_an_unknown_language_model_is_an_error_in_words(name):
     from vlm.backbones.language import build_language_model
-    from vlm.recipe import LanguageModelSpec
+    from vlm.model_spec import LanguageModelSpec
 
     with pytest.raises(VlmError):
         build_language_model(LanguageModelSpec(name=name))

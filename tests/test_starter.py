@@ -127,7 +127,7 @@ def picture_of_stripes() -> torch.Tensor:
 @pytest.mark.starter
 def test_efficientnet_lite0_holds_imagenet():
     from vlm.backbones.image import build_image_encoder
-    from vlm.recipe import ImageEncoderSpec
+    from vlm.model_spec import ImageEncoderSpec
 
     encoder = build_image_encoder(ImageEncoderSpec(name="starter:efficientnet_lite0", image_size=128))
     assert (encoder.width, encoder.num_tokens, encoder.grid) == (1280, 16, (4, 4))

@@ -18,6 +18,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vlm"
 
 
+def data_dir() -> Path:
+    """The folder for data sets that have to be fetched by hand (`VLM_DATA`, else among the user's data)."""
+    if chosen := os.environ.get("VLM_DATA"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "vlm"
+
+
 def yaml_folder(kind: str) -> Path:
     """The folder `recipes`, `datasets` or `eval`: inside the installed package, or at the root of a checkout."""
     installed = _PACKAGE / "yaml" / kind

@@ -5,103 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from vlm.model_spec import ModelSpec, Precision, name_only
 from vlm.paths import find_yaml, read_yaml
 from vlm.schema import Strict, apply_overrides, validate
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-def _name_only(value: Any) -> Any:
-    """A bare string is short for `{name: STRING}`."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-class ImageEncoderSpec(Strict):
-    """A frozen (or trained) image encoder.
-
-    layer: which hidden state is read, counted from the end (-1: the last; -2: LLaVA's and BLIP-2's choice).
-    drop_cls: leave prefix tokens (CLS, registers) out of the token output.
-    image_size: pixels; the part's own if not given.
-    resize: `shortest` (and centre crop), `square` (squash) or `pad` (LLaVA-1.5); the part's own if not given.
-    """
-
-    name: str
-    layer: int = -1
-    drop_cls: bool = True
-    image_size: int | None = Field(default=None, ge=1)
-    resize: Literal["shortest", "square", "pad"] | None = None
-    precision: Precision = "auto"
-
-
-class LoraSpec(Strict):
-    """Low-rank adapters in the language model (Hu et al. 2021), through peft, scoped to the language model by path.
-
-    targets: ends of linear layers' names; `all-linear` means every linear layer but the vocabulary projection.
-    """
-
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] | Literal["all-linear"] = "all-linear"
-
-
-class LanguageModelSpec(Strict):
-    """A frozen (or trained) language model, decoder-only or encoder-decoder, with optional LoRA."""
-
-    name: str
-    lora: LoraSpec | None = None
-    precision: Precision = "auto"
-
-
-class ProjectionSpec(Strict):
-    """The projection bridge: image tokens to the language model's width.
-
-    type: `linear`, or `mlp` with `depth` linear layers and GELU between them (LLaVA-1.5: 2).
-    reduce: `none`, `pool` (adaptive average to a `tokens` grid) or `pixel_shuffle` by `factor` (nanoVLM, Idefics3).
-    input_norm: layer norm on the image tokens, for encoders that end without one.
-    match_embeddings: scale the initial output to the RMS of the language model's token embeddings.
-    """
-
-    type: Literal["linear", "mlp"] = "mlp"
-    depth: int = Field(default=2, ge=2, le=8)
-    reduce: Literal["none", "pool", "pixel_shuffle"] = "none"
-    tokens: int | None = Field(default=None, ge=1)
-    factor: int = Field(default=2, ge=2)
-    input_norm: bool = False
-    match_embeddings: bool = False
-
-    @model_validator(mode="after")
-    def _tokens_go_with_pooling(self) -> "ProjectionSpec":
-        if (self.reduce == "pool") != (self.tokens is not None):
-            raise ValueError("`tokens` is the number of image tokens after `reduce: pool`: give both or neither")
-        return self
-
-
-class GenerativeSpec(Strict):
-    """The projection family (LLaVA): image tokens spliced into a language model's prompt.
-
-    template: a name of `vlm.data.conversation.TEMPLATES`, `tokenizer` for the tokeniser's own chat template, or
-    jinja text with `{% generation %}` blocks around what the model says.
-    question_prompt, caption_prompt: the user's text around a question, and the one that asks for a caption, in training
-    and in `answer` and `caption` alike.
-    """
-
-    type: Literal["generative"] = "generative"
-    image_encoder: ImageEncoderSpec
-    bridge: ProjectionSpec = ProjectionSpec()
-    language_model: LanguageModelSpec
-    template: str = "tokenizer"
-    question_prompt: str = "<image>\n{question}"
-    caption_prompt: str = "<image>"
-
-    _short = field_validator("image_encoder", "language_model", mode="before")(_name_only)
-
-    @field_validator("question_prompt")
-    @classmethod
-    def _question_has_a_place(cls, value: str) -> str:
-        if "{question}" not in value:
-            raise ValueError("`{question}` is missing: it marks where the question goes")
-        return value
 
 
 class ObjectiveSpec(Strict):
@@ -207,7 +113,7 @@ class EvaluationSection(Strict):
 class Recipe(Strict):
     """One experiment. `trainable` lists name patterns of what learns; everything else is frozen."""
 
-    model: GenerativeSpec
+    model: ModelSpec
     objectives: list[ObjectiveSpec] = [ObjectiveSpec(name="lm")]
     data: DataSection
     optimizer: OptimizerSection
@@ -221,7 +127,7 @@ class Recipe(Strict):
     @field_validator("objectives", mode="before")
     @classmethod
     def _objective_names(cls, value: Any) -> Any:
-        return [_name_only(item) for item in value] if isinstance(value, list) else value
+        return [name_only(item) for item in value] if isinstance(value, list) else value
 
 
 def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -8,7 +8,7 @@ from vlm.backbones.image_open_clip import build_open_clip
 from vlm.backbones.image_timm import build_starter, build_timm
 from vlm.backbones.names import parse_part_name
 from vlm.data.transforms import ImageTransform
-from vlm.recipe import ImageEncoderSpec
+from vlm.model_spec import ImageEncoderSpec
 
 __all__ = ["IMAGE_SOURCES", "ImageEncoder", "ImageFeatures", "Tower", "build_image_encoder"]
 

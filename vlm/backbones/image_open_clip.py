@@ -97,20 +97,23 @@ def create_open_clip(reference: str, **options: Any) -> Any:
 
 def build_open_clip(reference: str, layer: int, image_size: int | None) -> tuple[Tower, ImageTransform]:
     """The visual tower of `ARCH/TAG`, with its projection as part of the pooled embedding."""
+    model = create_open_clip(reference, force_image_size=image_size)
+    return visual_tower(model.visual, layer, reference), open_clip_transform(model, reference)
+
+
+def visual_tower(visual: Any, layer: int, name: str) -> Tower:
+    """The `visual` of an open_clip model as a tower. Raises VlmError for a kind that is not supported."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
-    model = create_open_clip(reference, force_image_size=image_size)
-    visual = model.visual
-    transform = open_clip_transform(model, reference)
     if isinstance(visual, VisionTransformer):
-        return OpenClipViT(visual, layer, reference), transform
+        return OpenClipViT(visual, layer, name)
     if isinstance(visual, TimmModel):
-        return TimmTower(visual.trunk, layer, reference, head=visual.head), transform
+        return TimmTower(visual.trunk, layer, name, head=visual.head)
     if isinstance(visual, ModifiedResNet):
-        return OpenClipResNet(visual, layer, reference), transform
-    raise VlmError(f"open_clip:{reference}: its visual tower {type(visual).__name__} is not supported")
+        return OpenClipResNet(visual, layer, name)
+    raise VlmError(f"open_clip:{name}: its visual tower {type(visual).__name__} is not supported")
 
 
 def open_clip_transform(model: nn.Module, name: str) -> ImageTransform:

@@ -12,7 +12,7 @@ from vlm.backbones.names import PartName, parse_part_name
 from vlm.data.records import IMAGE_PLACEHOLDER
 from vlm.devices import storage_dtype
 from vlm.errors import VlmError
-from vlm.recipe import LanguageModelSpec, LoraSpec
+from vlm.model_spec import LanguageModelSpec, LoraSpec
 
 
 class Tokenizer(Protocol):

@@ -18,6 +18,7 @@ from vlm.errors import VlmError, did_you_mean
 
 # tokens [B, T, D], ids [B, T], mask [B, T] -> [B, D]
 Pooling = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Tokenize = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]  # texts -> ids and mask, each [B, T]
 
 
 @dataclass
@@ -45,7 +46,7 @@ class TextEncoder(nn.Module):
         self,
         name: str,
         tower: TextTower,
-        tokenizer: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]],
+        tokenizer: Tokenize,
         context_length: int,
     ) -> None:
         super().__init__()
@@ -185,19 +186,33 @@ def _build_hf(name: str, reference: str) -> TextEncoder:
         options: dict[str, Any] = {} if kind == "distilbert" else {"add_pooling_layer": False}
         model, _ = load_strictly(getattr(transformers, _BIDIRECTIONAL[kind]), reference, _HEADS, **options)
         tower = HfTextTower(model, _sentence_pooling(reference))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(reference)
+    return TextEncoder(name, tower, *hf_tokenizer(reference, kind, model.config.max_position_embeddings))
+
+
+def hf_tokenizer(reference: str, kind: str, max_positions: int) -> tuple[Tokenize, int]:
+    """The tokeniser of a hub id or folder as a function of texts, and its context length. kind: the `model_type`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference)
+    except (OSError, ValueError) as error:
+        raise VlmError(f"hf:{reference}: its tokeniser cannot be read: {str(error).splitlines()[0]}") from error
     # RoBERTa counts positions from padding_idx + 1, so two of its positions hold no token.
-    positions = model.config.max_position_embeddings - (2 if kind in ("roberta", "xlm-roberta", "mpnet") else 0)
+    positions = max_positions - (2 if kind in ("roberta", "xlm-roberta", "mpnet") else 0)
     limit = _sidecar(reference, "sentence_bert_config.json").get("max_seq_length") or positions
     context = min(tokenizer.model_max_length, positions, limit)
-    padding = "max_length" if kind.startswith("siglip") else "longest"
+    siglip = kind.startswith("siglip")
+    padding = "max_length" if siglip else "longest"
+    # SigLIP 2 was trained on lower-case text, but published with the tokeniser of Gemma, which keeps the case.
+    lower = siglip and "Gemma" in type(tokenizer).__name__
 
     def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = tokenizer(texts, padding=padding, truncation=True, max_length=context, return_tensors="pt")
+        cased = [text.lower() for text in texts] if lower else texts
+        batch = tokenizer(cased, padding=padding, truncation=True, max_length=context, return_tensors="pt")
         mask = batch.get("attention_mask")
         return batch["input_ids"], mask if mask is not None else torch.ones_like(batch["input_ids"])
 
-    return TextEncoder(name, tower, tokenize, context)
+    return tokenize, context
 
 
 def _sidecar(reference: str, file: str) -> dict[str, Any]:
@@ -231,9 +246,14 @@ def _sentence_pooling(reference: str) -> Pooling:
 
 
 def _build_open_clip(name: str, reference: str) -> TextEncoder:
+    text = create_open_clip(reference, force_custom_text=True, pretrained_text=False).text
+    return TextEncoder(name, OpenClipTextTower(text), *open_clip_tokenizer(reference, text))
+
+
+def open_clip_tokenizer(reference: str, text: Any) -> tuple[Tokenize, int]:
+    """The tokeniser of the architecture in `ARCH/TAG` as a function of texts, and its context length."""
     import open_clip
 
-    text = create_open_clip(reference, force_custom_text=True, pretrained_text=False).text
     tokenizer = open_clip.get_tokenizer(reference.partition("/")[0])
     pad = text.config.pad_token_id if hasattr(text, "config") else text.pad_id
 
@@ -241,4 +261,4 @@ def _build_open_clip(name: str, reference: str) -> TextEncoder:
         ids = tokenizer(texts)
         return ids, (ids != pad).long()
 
-    return TextEncoder(name, OpenClipTextTower(text), tokenize, int(tokenizer.context_length))
+    return tokenize, int(tokenizer.context_length)

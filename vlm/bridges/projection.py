@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import VlmError
-from vlm.recipe import ProjectionSpec
+from vlm.model_spec import ProjectionSpec
 
 
 class Projection(nn.Module):

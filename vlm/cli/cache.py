@@ -16,7 +16,12 @@ from vlm.paths import cache_dir
 app = typer.Typer(help="Show and delete what is kept on disk.", no_args_is_help=True)
 
 # Folder of the cache -> what lies there. Nothing outside these is ever listed or deleted.
-KINDS = {"features": "cached image features", "models": "converted models", "data": "prepared data"}
+KINDS = {
+    "features": "cached image features",
+    "models": "converted models",
+    "data": "prepared data",
+    "shards": "indexes of shards",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def list_cache(as_json: AsJson = False) -> None:
 @app.command()
 def clear(
     name: Annotated[
-        str | None, typer.Argument(help="An entry of `vlm cache list`, or a kind: features, models, data.")
+        str | None, typer.Argument(help="An entry of `vlm cache list`, or a kind: features, models, data, shards.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:

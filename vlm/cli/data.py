@@ -1,6 +1,8 @@
-"""`vlm data`: list the data sets, make one ready."""
+"""`vlm data`: list the data sets, make one ready, write one as shards."""
 
 import json
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +52,54 @@ def prepare(
     spec, _ = load_spec(name)
     facts = {"name": spec.name, "path": str(path), "licence": spec.licence, "attribution": spec.attribution}
     typer.echo(json.dumps(facts) if as_json else f"{spec.name} is ready in {path}")
+
+
+@app.command()
+def shard(
+    dataset: Annotated[
+        str, typer.Argument(help="A data set of `vlm data list`, a YAML file, or with --format a path.")
+    ],
+    output: Annotated[Path, typer.Option(help="A new folder for the shards.")],
+    split: Annotated[str, typer.Option(help="The split to write.")] = "train",
+    size: Annotated[int, typer.Option(min=1, help="Records in a shard.")] = 10_000,
+    format: Annotated[str | None, typer.Option(help="How to read a file or folder of yours.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures, if not the data set's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Write only the first N records.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a split as WebDataset shards: pictures as they are, a caption each, and the whole record as JSON."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlm.data.catalogue import load_dataset, load_spec
+    from vlm.data.shard_writer import write_shards
+    from vlm.paths import yaml_names
+
+    data = load_dataset(dataset, split, format=format, images=images, limit=limit)
+    notes = ""
+    if dataset in yaml_names("datasets") or Path(dataset).suffix in (".yaml", ".yml"):
+        spec, _ = load_spec(dataset)
+        notes = "\n".join(line for line in (spec.licence, spec.attribution, spec.homepage) if line) + "\n"
+    stem = Path(data.name).stem if format else data.name
+    console = Console(stderr=True)
+    with Progress(console=console, disable=as_json or not console.is_terminal) as bar:
+        task = bar.add_task(f"{stem} {split}", total=len(data.records))
+        name = f"{_safe(stem)}-{_safe(split)}"
+        done = write_shards(data.records, output, size, name, notes, lambda n: bar.advance(task, n))
+    broken = data.broken + done.broken
+    if as_json:
+        facts = {"shards": [str(path) for path in done.shards], "records": done.records}
+        typer.echo(json.dumps({**facts, "broken": [{"where": b.where, "reason": b.reason} for b in broken]}))
+        return
+    typer.echo(f"{done.records:,} records in {len(done.shards):,} shards in {output}")
+    if broken:
+        typer.echo(
+            f"left out {len(broken):,} that are broken, the first: {broken[0].where}: {broken[0].reason}", err=True
+        )
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "shard"
 
 
 def _count(number: int | None) -> str:

@@ -11,17 +11,20 @@ from vlm.backbones.starter import package_file
 from vlm.data.formats import FORMATS, read_records
 from vlm.data.parsing import BrokenRecord
 from vlm.data.records import Record
+from vlm.data.webdataset_shards import has_braces
 from vlm.errors import VlmError, did_you_mean
-from vlm.paths import cache_dir, find_yaml, read_yaml, yaml_names
+from vlm.paths import cache_dir, data_dir, find_yaml, read_yaml, yaml_names
 from vlm.schema import Strict, validate
 
 IN_PACKAGE = "package:"
 PREPARED = "prepared:"
+BY_HAND = "manual:"
 
 
 class SplitSpec(Strict):
     """One split. A place is `package:MODULE/PATH` (inside an installed package), `prepared:PATH` (made by
-    `vlm data prepare`), or a path, relative to the YAML file.
+    `vlm data prepare`), `manual:PATH` (put by hand into the data set's folder in `VLM_DATA`), or a path, relative to
+    the YAML file; of `webdataset`, with braces for several shards.
 
     path: the annotation file or folder. images: folder of the pictures, if not the format's own place.
     size, pictures: how many records and pictures there are; checked by `vlm data prepare`.
@@ -118,8 +121,16 @@ def locate(spec: DatasetSpec, file: Path, place: str) -> Path:
         if not path.exists():
             raise VlmError(f"data set {spec.name!r} is not prepared; run: vlm data prepare {spec.name}")
         return path
+    if place.startswith(BY_HAND):
+        path = data_dir() / spec.name / place.removeprefix(BY_HAND)
+        if not path.exists():
+            raise VlmError(
+                f"data set {spec.name!r} has to be fetched by hand: {path} is missing. {spec.notes} "
+                f"See {spec.homepage}; VLM_DATA chooses another folder than {data_dir()}"
+            )
+        return path
     path = file.parent / Path(place).expanduser()
-    if not path.exists():
+    if not path.exists() and not (spec.format == "webdataset" and has_braces(path)):
         raise VlmError(f"{file}: {place!r} is missing: no such file or folder {path}")
     return path
 

@@ -9,8 +9,11 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from vlm.data.cifar import read_cifar
 from vlm.data.easy_vqa import read_easy_vqa
 from vlm.data.parsing import (
+    CAPTION_KEYS,
+    PICTURE_SUFFIXES,
     BrokenRecord,
     Entry,
     Malformed,
@@ -22,15 +25,13 @@ from vlm.data.parsing import (
     read_json_list,
 )
 from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
+from vlm.data.webdataset_shards import read_webdataset
 from vlm.errors import VlmError, did_you_mean
 
 # (file or folder, split, folder of the pictures or None for the format's own place) -> entries in file order
 Reader = Callable[[Path, str, Path | None], Iterator[Entry]]
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-
 _IMAGE_KEYS = ("image", "filepath", "file_name")
-_CAPTION_KEYS = ("captions", "caption", "title")
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {
     "human": "user",
     "user": "user",
@@ -50,7 +51,7 @@ def read_records(
     """
     if format not in FORMATS:
         raise VlmError(f"unknown format {format!r}{did_you_mean(format, FORMATS)}")
-    if not path.exists():
+    if not path.exists() and format != "webdataset":  # whose path may be a pattern
         raise VlmError(f"{path}: no such file or folder")
     if images is not None and not images.is_dir():
         raise VlmError(f"{images}: no such folder of pictures")
@@ -182,7 +183,7 @@ def _captions_csv(path: Path, split: str, images: Path | None) -> Iterator[Entry
         rows = csv.DictReader(lines, delimiter="\t" if "\t" in head else ",")
         columns = [(name or "").strip() for name in rows.fieldnames or []]
         rows.fieldnames = columns
-        for kind, keys in (("pictures", _IMAGE_KEYS), ("texts", _CAPTION_KEYS)):
+        for kind, keys in (("pictures", _IMAGE_KEYS), ("texts", CAPTION_KEYS)):
             if not set(keys) & set(columns):
                 raise VlmError(f"{file}:1: no column of {kind} ({' or '.join(keys)}); the header has {columns}")
         while True:
@@ -201,11 +202,11 @@ def _caption_record(item: Any, number: int, folder: Path) -> Record:
     """One row of a list, a JSONL or a CSV file; other keys than id, picture and text go to `meta`."""
     need_mapping(item)
     image = next((item[key] for key in _IMAGE_KEYS if key in item), None)
-    texts = next((item[key] for key in _CAPTION_KEYS if key in item), None)
+    texts = next((item[key] for key in CAPTION_KEYS if key in item), None)
     texts = texts if isinstance(texts, list) else [texts]
     if not texts:
         raise Malformed("no caption")
-    known = ("id", "", *_IMAGE_KEYS, *_CAPTION_KEYS)
+    known = ("id", "", *_IMAGE_KEYS, *CAPTION_KEYS)
     return Record(
         id=str(item.get("id", number)),
         images=(str(folder / checked_text(image, "`image`")),),
@@ -237,4 +238,6 @@ FORMATS: dict[str, Reader] = {
     "captions_jsonl": _captions_jsonl,
     "captions_csv": _captions_csv,
     "image_folder": _image_folder,
+    "cifar": read_cifar,
+    "webdataset": read_webdataset,
 }

@@ -1,11 +1,13 @@
 """Pictures from anywhere as 8-bit RGB, whatever mode their file has; errors name the file."""
 
+import io
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from vlm.data.references import open_image_reference, split_reference
 from vlm.errors import VlmError
 
 ImageLike: TypeAlias = str | Path | Image.Image | np.ndarray
@@ -41,9 +43,10 @@ class BrokenImage(VlmError):
 def load_image(image: ImageLike) -> Image.Image:
     """A path, PIL image or uint8 array [H,W,3] (or grey [H,W]) as an upright RGB picture.
 
-    EXIF orientation is applied, transparency is put on white, 16-bit grey is scaled (not clipped), animations give
-    their first frame. Raises BrokenImage for what is missing, truncated, no picture or larger than MAX_PIXELS (checked
-    before decoding); VlmError for a value that is no picture at all.
+    A path may be a reference into a shard (`vlm.data.references`). EXIF orientation is applied, transparency is put on
+    white, 16-bit grey is scaled (not clipped), animations give their first frame. Raises BrokenImage for what is
+    missing, truncated, no picture or larger than MAX_PIXELS (checked before decoding); VlmError for a value that is no
+    picture at all.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image)
@@ -52,6 +55,8 @@ def load_image(image: ImageLike) -> Image.Image:
     if not isinstance(image, (str, Path)):
         raise VlmError(f"expected a path, a PIL image or a uint8 array [H,W,3], got {type(image).__name__}")
     path = str(image)
+    if (parts := split_reference(path)) is not None:
+        return _from_reference(*parts, path)
     try:
         size = Path(path).stat().st_size
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -60,8 +65,24 @@ def load_image(image: ImageLike) -> Image.Image:
         raise BrokenImage(path, "not a file")
     if size == 0:
         raise BrokenImage(path, "the file is empty")
+    return _from_file(path, path)
+
+
+def _from_reference(container: Path, member: str, path: str) -> Image.Image:
     try:
-        with Image.open(path) as opened:
+        content = open_image_reference(container, member)
+    except VlmError as error:
+        raise BrokenImage(path, str(error)) from error
+    if isinstance(content, np.ndarray):
+        return _from_array(content)
+    if not content:
+        raise BrokenImage(path, "the file is empty")
+    return _from_file(io.BytesIO(content), path)
+
+
+def _from_file(source: str | io.BytesIO, path: str) -> Image.Image:
+    try:
+        with Image.open(source) as opened:
             return _decoded(opened, path)
     except (VlmError, MemoryError):
         raise

@@ -9,6 +9,9 @@ from typing import Any
 from vlm.data.records import Record
 from vlm.errors import VlmError
 
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+CAPTION_KEYS = ("captions", "caption", "title")  # of an entry; the first that is there counts
+
 
 @dataclass(frozen=True, slots=True)
 class BrokenRecord:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vlm.backbones.starter import convert_once, package_file
 from vlm.data.catalogue import DatasetSpec, load_dataset, load_spec, locate, missing_packages, prepared_folder
+from vlm.data.references import picture_exists
 from vlm.errors import VlmError
 
 PICTOGRAM_SIZE = 224  # pixels
@@ -73,7 +74,7 @@ def _check(spec: DatasetSpec, file: Path, name: str) -> None:
                     f"data set {spec.name!r}, split {split!r}: {found:,} {what}, {file.name} says "
                     f"{expected_count:,}; {advice}"
                 )
-        if absent := next((image for image in sorted(pictures) if not Path(image).is_file()), None):
+        if absent := next((image for image in sorted(pictures) if not picture_exists(image)), None):
             raise VlmError(f"data set {spec.name!r}, split {split!r}: the picture {absent} is missing; {advice}")
 
 

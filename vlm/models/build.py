@@ -1,21 +1,28 @@
-"""Build a model from its specification, and keep what was trained of it in a folder."""
+"""Build a model of any family from its specification, and keep what was trained of it in a folder."""
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from vlm.backbones.image import build_image_encoder
+from vlm.backbones.image import ImageEncoder, build_image_encoder
 from vlm.backbones.language import build_language_model
+from vlm.backbones.text import build_text_encoder
+from vlm.bridges.dual_tower import DualTower
 from vlm.bridges.projection import Projection
 from vlm.devices import pick_device, pick_precision, storage_dtype
 from vlm.errors import VlmError
+from vlm.model_spec import DualEncoderSpec, GenerativeSpec, ImageEncoderSpec, ModelSpec
+from vlm.models.dual_encoder import DualEncoder
 from vlm.models.freezing import freeze_all_but, load_trained_state, trained_state
 from vlm.models.generative import GenerativeModel
+from vlm.models.tasks import TaskModel
 from vlm.paths import read_yaml
-from vlm.recipe import GenerativeSpec
 from vlm.schema import Strict, dump_yaml, validate
 
 DESCRIPTION, WEIGHTS = "model.yaml", "trained.safetensors"
@@ -25,18 +32,18 @@ class ModelDescription(Strict):
     """`model.yaml` of a model folder: how to build the frozen parts and which parameters the weights fill."""
 
     vlm: str
-    model: GenerativeSpec
+    model: ModelSpec
     trainable: list[str]
     fingerprints: dict[str, str]
 
 
 def build_model(
-    spec: GenerativeSpec,
+    spec: ModelSpec,
     trainable: list[str] | tuple[str, ...] = (),
     device: str | torch.device | None = None,
     precision: str = "auto",
     seed: int = 0,
-) -> GenerativeModel:
+) -> Any:
     """The model that `spec` describes, on `device`, in eval mode; what matches `trainable` learns, in fp32.
 
     Initial weights depend on `seed` alone.
@@ -45,27 +52,53 @@ def build_model(
     precision = pick_precision(precision, place)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        language_model = build_language_model(spec.language_model, precision)
-        image_encoder = build_image_encoder(spec.image_encoder, spec.image_encoder.resize)
-        bridge = Projection(
-            spec.bridge, image_encoder.width, language_model.width, image_encoder.num_tokens, image_encoder.grid
-        )
-        if spec.bridge.match_embeddings:
-            bridge.match_scale(language_model.embeddings.weight)
-    model = GenerativeModel(spec, image_encoder, bridge, language_model)
+        model = BUILDERS[spec.type](spec, precision)
     model.requires_grad_(False)
-    model.image_encoder.to(storage_dtype(_first(spec.image_encoder.precision, precision)))
     if trainable:
         freeze_all_but(model, trainable)
     model.to(place)
     return model.eval()
 
 
+def _generative(spec: GenerativeSpec, precision: str) -> GenerativeModel:
+    language_model = build_language_model(spec.language_model, precision)
+    image_encoder = _image_encoder(spec.image_encoder, precision)
+    bridge = Projection(
+        spec.bridge, image_encoder.width, language_model.width, image_encoder.num_tokens, image_encoder.grid
+    )
+    if spec.bridge.match_embeddings:
+        bridge.match_scale(language_model.embeddings.weight)
+    return GenerativeModel(spec, image_encoder, bridge, language_model)
+
+
+def _dual_encoder(spec: DualEncoderSpec, precision: str) -> DualEncoder:
+    image_encoder = _image_encoder(spec.image_encoder, precision)
+    text_encoder = build_text_encoder(spec.text_encoder.name)
+    bridge = DualTower(
+        spec.bridge,
+        (image_encoder.width, image_encoder.pooled_width),
+        (text_encoder.width, text_encoder.pooled_width),
+        image_encoder.num_prefix_tokens > 0,
+    )
+    text_encoder.to(storage_dtype(_first(spec.text_encoder.precision, precision)))
+    return DualEncoder(spec, image_encoder, text_encoder, bridge)
+
+
+# `type` of a specification -> its builder: (specification, precision of frozen weights) -> model on the CPU.
+BUILDERS: dict[str, Callable[[Any, str], TaskModel]] = {"generative": _generative, "dual_encoder": _dual_encoder}
+
+
+def _image_encoder(spec: ImageEncoderSpec, precision: str) -> ImageEncoder:
+    encoder = build_image_encoder(spec, spec.resize)
+    encoder.to(storage_dtype(_first(spec.precision, precision)))
+    return encoder
+
+
 def _first(precision: str, fallback: str) -> str:
     return precision if precision != "auto" else fallback
 
 
-def save_model_folder(model: GenerativeModel, trainable: list[str], folder: Path) -> None:
+def save_model_folder(model: Any, trainable: list[str], folder: Path) -> None:
     """Write `model.yaml` and the trained weights aside, then put them in place at once."""
     from safetensors.torch import save_file
 
@@ -76,19 +109,14 @@ def save_model_folder(model: GenerativeModel, trainable: list[str], folder: Path
     aside.mkdir(parents=True)
     save_file(trained_state(model), aside / WEIGHTS, metadata={"format": "pt"})
     description = ModelDescription(
-        vlm=vlm.__version__,
-        model=model.spec,
-        trainable=list(trainable),
-        fingerprints={"image_encoder": model.image_encoder.fingerprint()},
+        vlm=vlm.__version__, model=model.spec, trainable=list(trainable), fingerprints=_fingerprints(model)
     )
     dump_yaml(json.loads(description.model_dump_json()), aside / DESCRIPTION)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 
 
-def load_model_folder(
-    folder: Path, device: str | torch.device | None = None, precision: str = "auto"
-) -> GenerativeModel:
+def load_model_folder(folder: Path, device: str | torch.device | None = None, precision: str = "auto") -> Any:
     """A model from a folder written by `save_model_folder`, frozen and in eval mode.
 
     Raises VlmError if a file is missing, a key does not fit, or a frozen part is not the one it was trained with.
@@ -96,11 +124,23 @@ def load_model_folder(
     description = validate(ModelDescription, read_yaml(folder / DESCRIPTION), where=str(folder / DESCRIPTION))
     model = build_model(description.model, description.trainable, device, precision)
     load_trained_state(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
-    expected = description.fingerprints.get("image_encoder")
-    if precision == "fp32" and expected and expected != model.image_encoder.fingerprint():
-        raise VlmError(f"{folder}: {model.image_encoder.name} has other weights than the ones it was trained with")
+    if precision == "fp32":
+        for part, found in _fingerprints(model).items():
+            if description.fingerprints.get(part, found) != found:
+                name = getattr(model, part).name
+                raise VlmError(f"{folder}: {name} has other weights than the ones it was trained with")
     model.requires_grad_(False)
     return model.eval()
+
+
+def _fingerprints(model: nn.Module) -> dict[str, str]:
+    """Name -> fingerprint of the frozen encoders."""
+    parts = {name: getattr(model, name, None) for name in ("image_encoder", "text_encoder")}
+    return {
+        name: part.fingerprint()
+        for name, part in parts.items()
+        if part is not None and not any(p.requires_grad for p in part.parameters())
+    }
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

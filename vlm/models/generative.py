@@ -32,12 +32,13 @@ from vlm.data.packing import (
 from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
 from vlm.data.samples import Sample, make_samples
 from vlm.errors import VlmError
+from vlm.model_spec import GenerativeSpec
 from vlm.models.counting import operations_per_token
 from vlm.models.freezing import set_mode
 from vlm.models.generation import Prompt, generate_texts, picture_key
 from vlm.models.tasks import TaskModel
 from vlm.objectives.lm import token_log_probs
-from vlm.recipe import DataSpec, GenerativeSpec
+from vlm.recipe import DataSpec
 
 ENCODER_CHUNK = 64  # pictures that go through the image encoder at once
 
