@@ -1,5 +1,6 @@
 """`load_model`: a name or a folder becomes a model with task methods."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,17 @@ if TYPE_CHECKING:
 
     from vlm.models.tasks import TaskModel
 
+# OWNER/NAME, as the hub has it; a path of yours has another form or exists.
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
 
 def load_model(
     name: str | Path, device: "str | torch.device | None" = None, dtype: "str | torch.dtype | None" = None
 ) -> "TaskModel":
     """A model ready to use, frozen and in eval mode.
 
-    name: a run folder that `vlm-train` wrote, or the `model/` folder inside it.
+    name: a run folder that `vlm-train` wrote, or the `model/` folder inside it; `open_clip:ARCH/TAG_OR_FILE`; or a
+    Hugging Face id or local folder of a model in transformers' layout (`vlm.models.published.PUBLISHED`).
     device: default CUDA, else MPS, else CPU. dtype: of frozen weights, `fp32`, `bf16`, `fp16` or a torch.dtype; by
     default what the device is good at. Raises VlmError if there is nothing to load or a key does not fit.
     """
@@ -28,7 +33,19 @@ def load_model(
             return load_model_folder(folder, device, _precision(dtype))
     if (path / "recipe.yaml").is_file():
         raise VlmError(f"{path}: this run has not written its model yet; go on with `vlm-train RECIPE --resume`")
-    raise VlmError(f"no model {str(name)!r}: expected a run folder of vlm-train (it holds model/{DESCRIPTION})")
+    text = str(name)
+    if text.startswith("open_clip:"):
+        from vlm.models.published_dual_encoder import build_published_dual_encoder
+
+        return build_published_dual_encoder(text, device, _precision(dtype))
+    if (path / "config.json").is_file() or (HUB_ID.fullmatch(text) and not path.exists()):
+        from vlm.models.published import load_published
+
+        return load_published(str(path) if path.exists() else text, device, _precision(dtype))
+    raise VlmError(
+        f"no model {text!r}: expected a run folder of vlm-train (it holds model/{DESCRIPTION}), a folder with "
+        "config.json, a Hugging Face id such as openai/clip-vit-base-patch32, or open_clip:ARCH/TAG"
+    )
 
 
 def _precision(dtype: "str | torch.dtype | None") -> str:

@@ -1,13 +1,31 @@
 """Loading transformers parts so that every key of the checkpoint is used or known to be unused."""
 
+import json
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from vlm.errors import VlmError
 
 # Keys that carry no weights: buffers older versions saved.
 BUFFERS = (r"(.*\.)?position_ids", r"(.*\.)?num_batches_tracked")
+
+
+def read_config(reference: str) -> dict[str, Any]:
+    """`config.json` of a hub id or local folder as it stands there. Raises VlmError if there is none."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(reference, "config.json")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise VlmError(f"{reference}: no such folder and no such model on the hub: {_first_line(error)}") from error
+    except ValueError as error:
+        raise VlmError(f"{reference}: config.json is not JSON: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise VlmError(f"{reference}: config.json holds no mapping")
+    return content
 
 
 def load_config(reference: str) -> Any:
