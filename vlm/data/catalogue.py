@@ -26,12 +26,14 @@ class SplitSpec(Strict):
     `vlm data prepare`), `manual:PATH` (put by hand into the data set's folder in `VLM_DATA`), or a path, relative to
     the YAML file; of `webdataset`, with braces for several shards.
 
-    path: the annotation file or folder. images: folder of the pictures, if not the format's own place.
+    path: the annotation file or folder. images: folder of the pictures, if not the format's own place. questions: the
+    second file of formats that part questions from answers.
     size, pictures: how many records and pictures there are; checked by `vlm data prepare`.
     """
 
     path: str
     images: str | None = None
+    questions: str | None = None
     size: int | None = Field(default=None, ge=1)
     pictures: int | None = Field(default=None, ge=1)
 
@@ -81,28 +83,36 @@ def load_spec(name: str) -> tuple[DatasetSpec, Path]:
 
 
 def load_dataset(
-    name: str, split: str, format: str | None = None, images: str | None = None, limit: int | None = None
+    name: str,
+    split: str,
+    format: str | None = None,
+    images: str | None = None,
+    limit: int | None = None,
+    questions: str | None = None,
 ) -> Dataset:
     """The records of one split, at most `limit`.
 
     name: a shipped data set, a YAML file, or with `format` an annotation file or folder. images: folder of the
-    pictures, in place of the data set's own.
+    pictures, in place of the data set's own. questions: the file of questions, where `name` holds the answers alone.
     Raises VlmError for a missing file, an unknown split or format, no records, or a data set that is not prepared.
     """
     folder = Path(images).expanduser() if images else None
+    asked = Path(questions).expanduser() if questions else None
     is_yaml = name in yaml_names("datasets") or Path(name).suffix in (".yaml", ".yml")
     if is_yaml or (format is None and not Path(name).expanduser().exists()):
         spec, file = load_spec(name)
         chosen = _split(spec, split)
         if folder is None and chosen.images:
             folder = locate(spec, file, chosen.images)
+        if asked is None and chosen.questions:
+            asked = locate(spec, file, chosen.questions)
         path, licence, format = locate(spec, file, chosen.path), spec.licence, format or spec.format
         name = spec.name
     elif format is None:
         raise VlmError(f"{name}: say how to read it: give `format`, one of {', '.join(FORMATS)}")
     else:
         path, licence = Path(name).expanduser(), "not stated"
-    records, broken = read_records(format, path, split, folder, limit)
+    records, broken = read_records(format, path, split, folder, limit, asked)
     if not records:
         first = f"; {len(broken)} malformed, the first: {broken[0].where}: {broken[0].reason}" if broken else ""
         raise VlmError(f"data set {name!r}, split {split!r}: no records in {path}{first}")

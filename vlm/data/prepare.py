@@ -44,7 +44,7 @@ def status(name: str) -> str:
     spec, file = load_spec(name)
     try:
         for split in spec.splits.values():
-            for place in (split.path, split.images):
+            for place in (split.path, split.images, split.questions):
                 if place is not None:
                     locate(spec, file, place)
     except VlmError as error:

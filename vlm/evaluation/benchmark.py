@@ -15,8 +15,8 @@ from vlm.schema import Strict, apply_overrides, validate
 class BenchmarkData(Strict):
     """The records to score: a data set by name or YAML file, and its split.
 
-    annotations: a file or folder of yours in place of the data set's own; format, images: how to read it, and where
-    its pictures are.
+    annotations: a file or folder of yours in place of the data set's own; format, images, questions: how to read it,
+    where its pictures are, and the file of questions where it holds the answers alone (VQA).
     """
 
     name: str
@@ -24,6 +24,7 @@ class BenchmarkData(Strict):
     format: str | None = None
     images: str | None = None
     annotations: str | None = None
+    questions: str | None = None
 
 
 class Published(Strict):

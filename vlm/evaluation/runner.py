@@ -117,7 +117,9 @@ def _records(plan: Benchmark) -> tuple[list[Record], list[Sample]]:
     data = plan.dataset
     # Annotations of yours are read as the data set's own are, unless the benchmark says otherwise.
     format = data.format or (load_spec(data.name)[0].format if data.annotations else None)
-    loaded = load_dataset(data.annotations or data.name, data.split, format=format, images=data.images)
+    loaded = load_dataset(
+        data.annotations or data.name, data.split, format=format, images=data.images, questions=data.questions
+    )
     broken = [
         Sample(f"unreadable:{number}", None, None, None, [], 0.0, f"{entry.where}: {entry.reason}")
         for number, entry in enumerate(loaded.broken)
