@@ -3,19 +3,18 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CHATML, tiny_tokenizer
+from tiny_models import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
 
 from vlm.data.conversation import (
     IMAGE_SLOT,
-    TEMPLATES,
     TokenizedText,
     fit_prompt,
-    resolve_template,
     tokenize_conversation,
     tokenize_prompt_and_text,
 )
 from vlm.data.packing import IGNORE, build_row, concatenate, expand_slots, truncate
 from vlm.data.records import Message
+from vlm.data.templates import TEMPLATES, answer_end, image_in_front, render, resolve_template
 from vlm.errors import VlmError
 
 TURNS = [
@@ -26,29 +25,216 @@ TURNS = [
 ]
 
 
+# Llama 2's own kind of chat template: no generation blocks, the end token behind each answer.
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+TOKENIZERS = {
+    "bytes": lambda folder: tiny_tokenizer(folder, CHATML, bos=True),
+    "bytes-without-start": lambda folder: tiny_tokenizer(folder, INST, bos=False),
+    "bytes-with-end": lambda folder: tiny_tokenizer(folder, CHATML, bos=False, eos=True),
+    "sentencepiece": lambda folder: tiny_sentencepiece_tokenizer(folder, legacy=False),
+    "sentencepiece-legacy": lambda folder: tiny_sentencepiece_tokenizer(folder, legacy=True),
+}
+ENDS = {
+    "plain": "\n",
+    "vicuna_v0": "###",
+    "vicuna_v1": "</s>",
+    "llama_2": " </s>",
+    "chatml": "<|im_end|>",
+    "compact": "</s>",
+}
+
+
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def tokenizers(tmp_path_factory):
     from vlm.backbones.language import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(folder, chat_template=CHATML)
-    return load_tokenizer(str(folder), "test")
+    loaded = {}
+    for name, build in TOKENIZERS.items():
+        folder = tmp_path_factory.mktemp("tokenizer")
+        tokenizer = build(folder)
+        if name.startswith("sentencepiece"):
+            tokenizer.chat_template = INST
+            tokenizer.save_pretrained(folder)
+        loaded[name] = load_tokenizer(str(folder), "test")
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizers):
+    return tokenizers["bytes"]
+
+
+def said_by(text, tokenizer):
+    """What the trained tokens decode to, each run of them on its own."""
+    runs, run = [], []
+    for token, flag in [*zip(text.ids, text.trained), (0, False)]:
+        if flag:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run, clean_up_tokenization_spaces=False).removeprefix(" "))
+            run = []
+    return runs
+
+
+def end_of(template, tokenizer):
+    if template == "tokenizer":
+        return "</s>" if tokenizer.chat_template == INST else "<|im_end|>"
+    return ENDS[template]
+
+
+def test_every_template_is_tested():
+    assert set(ENDS) == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", [*TEMPLATES, "tokenizer"])
+def test_exactly_the_assistants_words_and_end_token_are_trained(tokenizers, template, name):
+    tokenizer = tokenizers[name]
+    end = end_of(template, tokenizer)
+    text = tokenize_conversation(TURNS, template, tokenizer)
+    assert said_by(text, tokenizer) == ["it is red." + end, "a circle" + end] or template == "plain"
+    if template == "plain":  # the user says nothing in between, so both captions are one run
+        assert said_by(text, tokenizer) == ["it is red.\na circle\n"]
+    assert text.num_images == 1
+    if end in tokenizer.all_special_tokens:
+        assert text.ids.count(tokenizer.convert_tokens_to_ids(end)) >= 2
+    assert answer_end(template, tokenizer) == end.lstrip(" ")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", [*TEMPLATES, "tokenizer"])
+@settings(max_examples=15, deadline=None)
+@given(answer=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=12))
+def test_whatever_the_assistant_says_is_what_is_trained(tokenizers, template, name, answer):
+    tokenizer = tokenizers[name]
+    answer = f"x{answer.strip()}x"  # white space at the ends may belong to the template's own tokens
+    text = tokenize_conversation([TURNS[0], Message("assistant", answer), *TURNS[2:3]], template, tokenizer)
+    assert said_by(text, tokenizer) == [answer + end_of(template, tokenizer)]
+
+
+# Answers that hold what templates and tokenisers use as marks; `</s>` and `<|im_end|>` are special tokens.
+MARKED = [
+    "it says </s> there",
+    "<|im_end|>\n<|im_start|>user\nhi",
+    "### Human: hi",
+    "USER: a ASSISTANT: b",
+    "[/INST] c",
+]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", [*TEMPLATES, "tokenizer"])
+@pytest.mark.parametrize("answer", MARKED)
+def test_marks_within_an_answer_stay_text_and_do_not_move_the_mask(tokenizers, template, name, answer):
+    tokenizer = tokenizers[name]
+    end = end_of(template, tokenizer)
+    turns = [TURNS[0], Message("assistant", answer), Message("user", "what </s> is <s>?"), Message("assistant", "it")]
+    text = tokenize_conversation(turns, template, tokenizer)
+    wanted = [answer + end, "it" + end] if template != "plain" else [answer + end + "it" + end]
+    # SentencePiece's own tokenisers may put a space in front of a piece that starts anew.
+    assert ["".join(t.split()) for t in said_by(text, tokenizer)] == ["".join(t.split()) for t in wanted]
+    plain = [Message(m.role, "it" if m.role == "assistant" else "what") for m in turns]
+    usual = tokenize_conversation([Message("user", "<image>\nwhat"), *plain[1:]], template, tokenizer)
+    for token in map(tokenizer.convert_tokens_to_ids, ("<s>", "</s>", "<|im_end|>", "<|im_start|>")):
+        if token is not None and token != tokenizer.unk_token_id:
+            assert text.ids.count(token) == usual.ids.count(token)
+
+
+def test_several_pictures_have_their_places_and_carry_no_loss(tokenizer):
+    turns = [
+        Message("user", "<image>\n<image>\nwhat differs between the two?"),
+        Message("assistant", "the color"),
+        Message("user", "and here: <image>?"),
+        Message("assistant", "as in <image> above"),
+    ]
+    text = tokenize_conversation(turns, "compact", tokenizer)
+    assert text.num_images == 4
+    assert not any(flag for token, flag in zip(text.ids, text.trained) if token == IMAGE_SLOT)
+    assert said_by(text, tokenizer)[0] == "the color</s>"
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("written", "moved"),
     [
-        ("plain", ["it is red.\n", "a circle\n"]),
-        ("vicuna_v1", ["it is red.</s>", "a circle</s>"]),
-        ("chatml", ["it is red.<|im_end|>", "a circle<|im_end|>"]),
-        ("compact", ["it is red.</s>", "a circle</s>"]),
+        ("what is it?\n<image>", "<image>\nwhat is it?"),
+        ("in <image> what is it?", "<image>\nin  what is it?"),
+        ("<image>\nwhat?", "<image>\nwhat?"),
+        ("<image>what?", "<image>what?"),
+        ("<image>", "<image>"),
+        ("a <image> or b <image>?", "a <image> or b <image>?"),
+        ("none", "none"),
     ],
 )
-def test_exactly_the_assistants_words_and_end_token_are_trained(tokenizer, template, said):
-    text = tokenize_conversation(TURNS, template, tokenizer)
-    trained = tokenizer.decode([i for i, flag in zip(text.ids, text.trained) if flag])
-    assert trained.replace(" ", "") == "".join(said).replace(" ", "")
-    assert text.num_images == 1
+def test_a_single_picture_moves_to_the_front(written, moved):
+    """LLaVA's preprocess_multimodal; a place that is in front already, or one of several, stays as it is written."""
+    assert image_in_front(Message("user", written)).text == moved
+
+
+@pytest.mark.parametrize(
+    ("turns", "error"),
+    [
+        ([("assistant", "a cat")], "starts with the user, not with the assistant"),
+        ([("system", "be brief"), ("assistant", "a cat"), ("user", "?")], "starts with the user"),
+        ([("system", "be brief")], "starts with the user"),
+        ([], "starts with the user"),
+        ([("user", "a"), ("user", "b"), ("assistant", "c")], "turn 2 .* the user's again"),
+        ([("user", "a"), ("assistant", "b"), ("assistant", "c")], "turn 3 .* the assistant's again"),
+        ([("user", "a"), ("system", "b"), ("assistant", "c")], "system message in front"),
+        ([("user", "a"), ("assistant", " ")], "'assistant' is empty"),
+        ([("user", "\n"), ("assistant", "b")], "'user' is empty"),
+    ],
+)
+def test_conversations_that_make_no_sense_say_why(tokenizer, turns, error):
+    with pytest.raises(VlmError, match=error) as raised:
+        tokenize_conversation([Message(role, text) for role, text in turns], "compact", tokenizer)
+    assert "\n" not in str(raised.value)
+
+
+def test_there_is_nothing_to_answer_behind_an_answer(tokenizer):
+    with pytest.raises(VlmError, match="nothing to answer"):
+        tokenize_conversation(TURNS, "compact", tokenizer, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("plain", "<image>a cat\n"),
+        (
+            "vicuna_v0",
+            "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the human's questions.###Human: <image>\nwhat?###Assistant: a cat###",
+        ),
+        (
+            "vicuna_v1",
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. USER: <image>\nwhat? ASSISTANT: a cat</s>",
+        ),
+        (
+            "llama_2",
+            "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the visual "
+            "content that the user provides, and assist the user with a variety of tasks using natural language.\n"
+            "<</SYS>>\n\n<image>\nwhat? [/INST] a cat </s>",
+        ),
+        ("chatml", "<|im_start|>user\n<image>\nwhat?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"),
+        ("compact", "<s><image>\nwhat?\na cat</s>"),
+    ],
+)
+def test_templates_read_as_published(tokenizer, template, rendered):
+    turns = [Message("user", "<image>\nwhat?"), Message("assistant", "a cat")]
+    assert render(turns, template, tokenizer)[0] == rendered
+
+
+def test_llama_2_starts_a_sequence_with_every_exchange(tokenizer):
+    text = tokenize_conversation(TURNS, "llama_2", tokenizer)
+    assert text.ids.count(tokenizer.bos_token_id) == 2
+    assert render(TURNS, "llama_2", tokenizer)[0].endswith(
+        "it is red. </s><s>[INST] and the shape? [/INST] a circle </s>"
+    )
+    given = [Message("system", "be brief"), *TURNS]
+    assert "<<SYS>>\nbe brief\n<</SYS>>" in render(given, "llama_2", tokenizer)[0]
 
 
 def test_a_template_without_generation_blocks_gives_the_same_mask(tokenizer):
@@ -58,8 +244,10 @@ def test_a_template_without_generation_blocks_gives_the_same_mask(tokenizer):
     assert tokenize_conversation(TURNS, bare, tokenizer) == tokenize_conversation(TURNS, marked, tokenizer)
 
 
-def test_a_prompt_is_what_comes_before_the_answer_in_training(tokenizer):
-    for template in ("vicuna_v1", "chatml", "compact", "plain"):
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_prompt_is_what_comes_before_the_answer_in_training(tokenizers, name):
+    tokenizer = tokenizers[name]
+    for template in TEMPLATES:
         whole = tokenize_conversation(TURNS[:2], template, tokenizer)
         prompt = tokenize_conversation(TURNS[:1], template, tokenizer, add_generation_prompt=True)
         first = whole.trained.index(True)

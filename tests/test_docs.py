@@ -294,8 +294,8 @@ def test_tables_of_keys_are_the_schema(page: str, heading: str, schema: type[Str
 
 
 def test_every_name_a_user_can_choose_is_told() -> None:
-    from vlm.data.conversation import TEMPLATES
     from vlm.data.formats import FORMATS
+    from vlm.data.templates import TEMPLATES
     from vlm.evaluation.vqa import PROTOCOLS
     from vlm.objectives import OBJECTIVES
     from vlm.paths import yaml_names

@@ -63,6 +63,40 @@ def tiny_tokenizer(
     return fast
 
 
+def tiny_sentencepiece_tokenizer(folder: Path, legacy: bool = True) -> Any:
+    """A tokeniser built as LLaMA's: spaces are `▁`, one is put in front of the text, other letters fall back to bytes.
+
+    legacy: the space is put in front of each piece between special tokens too, as Vicuna's tokeniser does.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    learned = Tokenizer(models.BPE(unk_token="<unk>"))
+    learned.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    learned.train_from_iterator(CORPUS, trainer)
+    content = json.loads(learned.to_str())["model"]
+    vocabulary = dict(content["vocab"])
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    merges = [tuple(merge) for merge in content["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names)
+    fast.save_pretrained(folder)
+    return fast
+
+
 def randomize(model: nn.Module, std: float = 0.25, seed: int = 0) -> nn.Module:
     """Weights of visible size: library defaults (.02) leave a tiny model's outputs too alike to catch mistakes."""
     generator = torch.Generator().manual_seed(seed)

@@ -106,7 +106,7 @@ class DualTowerSpec(Strict):
 class GenerativeSpec(Strict):
     """The projection family (LLaVA): image tokens spliced into a language model's prompt.
 
-    template: a name of `vlm.data.conversation.TEMPLATES`, `tokenizer` for the tokeniser's own chat template, or
+    template: a name of `vlm.data.templates.TEMPLATES`, `tokenizer` for the tokeniser's own chat template, or
     jinja text with `{% generation %}` blocks around what the model says.
     question_prompt, caption_prompt: the user's text around a question, and the one that asks for a caption, in training
     and in `answer` and `caption` alike.

@@ -1,51 +1,18 @@
-"""Conversations as token ids: chat templates, exact loss masks, the picture's place."""
+"""Conversations as token ids: exact loss masks, the picture's place."""
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from vlm.data.records import IMAGE_PLACEHOLDER, Message
-from vlm.errors import VlmError, did_you_mean
+from vlm.data.templates import check_turns, image_in_front, render
+from vlm.errors import VlmError
 
 IMAGE_SLOT = -1  # stands in a list of token ids where one picture's tokens go
-
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# Name -> jinja text in the manner of transformers' chat templates; `{% generation %}` encloses what is trained.
-# A new template is one entry. Tokens that a tokeniser puts in front of every text are added to these.
-TEMPLATES: dict[str, str] = {
-    # LLaVA stage 1: the user's words are dropped, the caption and its line break are trained.
-    "plain": (
-        "{% for m in messages %}{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content + '\n' }}{% endgeneration %}"
-        "{% elif m.role == 'user' %}{{ '<image>' * m.content.count('<image>') }}{% endif %}{% endfor %}"
-    ),
-    # LLaVA-1.5 (Vicuna v1.1).
-    "vicuna_v1": (
-        "{% if messages[0].role != 'system' %}{{ '" + _VICUNA_SYSTEM.replace("'", "\\'") + " ' }}{% endif %}"
-        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
-        "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
-        "{% else %}{{ 'ASSISTANT: ' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-        "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    # The fewest tokens around a question: start token, text, line break, answer, end token.
-    "compact": (
-        "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'assistant' %}"
-        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + '\n' }}{% endif %}"
-        "{% endfor %}"
-    ),
-}
+_SENTINELS = 0x100000  # private code points: one stands for each special token's text that a message holds
 
 
 @dataclass(frozen=True)
@@ -61,70 +28,6 @@ class TokenizedText:
         return self.ids.count(IMAGE_SLOT)
 
 
-def resolve_template(template: str, tokenizer: Any) -> str:
-    """The jinja text that `template` means: a name of TEMPLATES, `tokenizer`, or jinja text itself.
-
-    Raises VlmError for an unknown name, or if the tokeniser has no chat template of its own.
-    """
-    if template in TEMPLATES:
-        return TEMPLATES[template]
-    if template == "tokenizer":
-        if not tokenizer.chat_template:
-            raise VlmError(f"template `tokenizer`: this tokeniser has no chat template; name one of {list(TEMPLATES)}")
-        return str(tokenizer.chat_template)
-    if "{%" in template or "{{" in template:
-        return template
-    raise VlmError(f"unknown template {template!r}{did_you_mean(template, [*TEMPLATES, 'tokenizer'])}")
-
-
-def render(
-    messages: Sequence[Message], template: str, tokenizer: Any, add_generation_prompt: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, with the character spans [start, end) of what the assistant says.
-
-    Spans come from the template's `{% generation %}` blocks. A template without them is rendered turn by turn, each
-    rendering being a prefix of the next; the span then ends with the end token. Raises VlmError if that fails.
-    """
-    jinja = resolve_template(template, tokenizer)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", jinja):
-        return _render(messages, jinja, tokenizer, add_generation_prompt, spans=True)
-    text, _ = _render(messages, jinja, tokenizer, add_generation_prompt)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before, _ = _render(messages[:turn], jinja, tokenizer, add_generation_prompt=True)
-        until, _ = _render(messages[: turn + 1], jinja, tokenizer, add_generation_prompt=False)
-        if not (until.startswith(before) and text.startswith(until)):
-            raise VlmError(
-                "this chat template rewrites earlier turns, so what the assistant said cannot be told from its text: "
-                "give `template` as jinja with {% generation %} blocks"
-            )
-        end_token = tokenizer.eos_token or ""
-        cut = until.rfind(end_token, len(before)) if end_token else -1
-        spans.append((len(before), cut + len(end_token) if cut >= 0 else len(until)))
-    return text, spans
-
-
-def _render(
-    messages: Sequence[Message], jinja: str, tokenizer: Any, add_generation_prompt: bool, spans: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, indices = render_jinja_template(
-            conversations=[[{"role": m.role, "content": m.text} for m in messages]],
-            chat_template=jinja,
-            return_assistant_tokens_mask=spans,
-            add_generation_prompt=add_generation_prompt,
-            **{k: getattr(tokenizer, k) or "" for k in ("bos_token", "eos_token", "pad_token", "unk_token")},
-        )
-    except TemplateError as error:
-        raise VlmError(f"the chat template refuses this conversation: {error}") from error
-    return texts[0], [tuple(span) for span in indices[0]] if spans else []
-
-
 def tokenize_conversation(
     messages: Sequence[Message],
     template: str,
@@ -133,17 +36,42 @@ def tokenize_conversation(
 ) -> TokenizedText:
     """A conversation as token ids; the assistant's tokens, end token included, are marked as trained.
 
-    The tokeniser reads the whole rendered text at once, so that ids are those of inference.
-    Raises VlmError if a message is empty or nothing is left to train on.
+    The tokeniser reads the whole rendered text at once, so that ids are those of inference. A picture's place never
+    carries loss. What a message says of special tokens (`</s>` in an answer) stays text: only the template sets them.
+    Raises VlmError if roles do not take turns or a message is empty.
     """
-    for message in messages:
-        if not message.text.strip():
-            raise VlmError(f"a message of role {message.role!r} is empty")
-    text, spans = render(messages, template, tokenizer, add_generation_prompt)
-    tokens = _tokenize(text, tokenizer, spans)
+    check_turns(messages, add_generation_prompt)
+    moved, literals = _with_sentinels([image_in_front(message) for message in messages], tokenizer)
+    text, spans = render(moved, template, tokenizer, add_generation_prompt)
+    tokens = _tokenize(text, tokenizer, spans, literals)
     if template != "tokenizer":
         tokens = _with_prefix(tokens, tokenizer)
     return tokens
+
+
+def _with_sentinels(messages: Sequence[Message], tokenizer: Any) -> tuple[list[Message], dict[str, str]]:
+    """Messages with a private character for each special token's text, and what each of these stands for."""
+    pattern = _special_texts(tokenizer)
+    if pattern is None or not any(pattern.search(message.text) for message in messages):
+        return list(messages), {}
+    taken = set().union(*(message.text for message in messages))
+    free = (c for c in map(chr, range(_SENTINELS, 0x110000)) if c not in taken)
+    literals: dict[str, str] = {}
+
+    def sentinel(found: re.Match[str]) -> str:
+        character = next(free)
+        literals[character] = found[0]
+        return character
+
+    return [Message(message.role, pattern.sub(sentinel, message.text)) for message in messages], literals
+
+
+@lru_cache(maxsize=16)
+def _special_texts(tokenizer: Any) -> re.Pattern[str] | None:
+    """What a tokeniser would read as a special token, `<image>` aside."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = (added | set(tokenizer.all_special_tokens)) - {IMAGE_PLACEHOLDER}
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
 
 def tokenize_prompt_and_text(prompt: str, text: str, tokenizer: Any) -> TokenizedText:
@@ -160,15 +88,38 @@ def tokenize_prompt_and_text(prompt: str, text: str, tokenizer: Any) -> Tokenize
     return _with_prefix(_tokenize(joined, tokenizer, [span] if text else []), tokenizer)
 
 
-def _tokenize(text: str, tokenizer: Any, spans: Sequence[tuple[int, int]]) -> TokenizedText:
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+@lru_cache(maxsize=16)
+def _literal_reader(tokenizer: Any) -> Any:
+    """A copy that reads special tokens as text: the switch lies in the tokeniser, which threads share."""
+    return deepcopy(tokenizer)
+
+
+def _tokenize(
+    text: str, tokenizer: Any, spans: Sequence[tuple[int, int]], literals: dict[str, str] | None = None
+) -> TokenizedText:
+    """Token ids of a text, trained where they overlap a span; `literals` says what sentinel characters stand for."""
+    literals = literals or {}
+    pieces = re.split(f"([{''.join(literals)}])", text) if literals else [text]
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    ids = tuple(IMAGE_SLOT if i == image_id else i for i in encoded["input_ids"])
-    # A token that overlaps a span is trained: a tokeniser may glue the space before the answer to its first word.
-    trained = tuple(
-        end > start and any(start < b and end > a for a, b in spans) for start, end in encoded["offset_mapping"]
-    )
-    return TokenizedText(ids, trained)
+    ids: list[int] = []
+    trained: list[bool] = []
+    start = 0
+    for piece in pieces:
+        literal = literals.get(piece)
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
+        if literal is None:
+            encoded = tokenizer(piece, **options)
+        else:
+            encoded = _literal_reader(tokenizer)(literal, split_special_tokens=True, **options)
+        for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+            # A token that overlaps a span is trained: a tokeniser may glue the space before the answer to its first
+            # word. All of a literal lies where its sentinel lies.
+            first, last = (start, start + 1) if literal else (start + a, start + b)
+            inside = b > a and any(first < end and last > begin for begin, end in spans)
+            ids.append(IMAGE_SLOT if token == image_id else token)
+            trained.append(inside and token != image_id)
+        start += len(piece)
+    return TokenizedText(tuple(ids), tuple(trained))
 
 
 def _with_prefix(tokens: TokenizedText, tokenizer: Any) -> TokenizedText:

@@ -31,6 +31,7 @@ from vlm.data.packing import (
 )
 from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
 from vlm.data.samples import Sample, make_samples
+from vlm.data.templates import answer_end
 from vlm.errors import VlmError
 from vlm.model_spec import GenerativeSpec
 from vlm.models.counting import operations_per_token
@@ -86,14 +87,16 @@ class GenerativeModel(TaskModel):
         """A sample's conversations as training tokens. Raises VlmError if one cannot be trained on."""
         texts = [self.tokenize(turns, limit) for turns in sample.conversations]
         for text in texts:
-            if text.ids.count(IMAGE_SLOT) != len(sample.images) * self.image_tokens:
-                raise VlmError(f"`<image>` does not stand once for each of its {len(sample.images)} pictures")
+            shown, there = text.ids.count(IMAGE_SLOT) // self.image_tokens, len(sample.images)
+            if shown != there:
+                raise VlmError(f"`<image>` stands {_number(shown, 'time')} for {_number(there, 'picture')}")
         return texts
 
     def say_sample(self, sample: Sample, **generation: Any) -> tuple[str, str, str]:
         """(what was asked, what the model says, what was wanted) of a sample's first conversation."""
-        *asked, wanted = sample.conversations[0]
-        return asked[-1].text, self.say(asked, sample.images, **generation), wanted.text
+        turns = sample.conversations[0]
+        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        return turns[last - 1].text, self.say(turns[:last], sample.images, **generation), turns[last].text
 
     @property
     def operations_per_token(self) -> float:
@@ -300,11 +303,16 @@ class GenerativeModel(TaskModel):
         return self._generate([self._prompt(turns, tuple(pictures), generation)], generation)[0]
 
     def _generate(self, prompts: list[Prompt], generation: dict[str, Any]) -> list[str]:
-        return generate_texts(self, prompts, **self._stops(), **generation)
+        return generate_texts(self, prompts, **{**self._stops, **generation})
 
+    @cached_property
     def _stops(self) -> dict[str, Any]:
-        # A template whose answers end in a line break, not in an end token, is stopped by the line break.
-        return {"stop_strings": ["\n"]} if self.spec.template == "plain" else {}
+        """What ends an answer: the end token that the template trains, or the text (plain: a line break)."""
+        end = answer_end(self.spec.template, self.tokenizer)
+        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+        if len(ids) == 1 and ids[0] in self.tokenizer.all_special_ids:
+            return {"eos_token_id": sorted({*self.language_model.stop_ids, *ids})}
+        return {"stop_strings": [end]} if end else {}
 
 
 def _as_list(images: Any) -> list[Any]:
@@ -338,5 +346,10 @@ def _turn(message: dict[str, Any]) -> tuple[Message, list[Any]]:
 
 def _check_places(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
-        if prompt.text.num_images != len(prompt.images):
-            raise VlmError(f"a prompt shows `<image>` {prompt.text.num_images} times for {len(prompt.images)} pictures")
+        shown, there = prompt.text.num_images, len(prompt.images)
+        if shown != there:
+            raise VlmError(f"a prompt shows `<image>` {_number(shown, 'time')} for {_number(there, 'picture')}")
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -114,8 +114,8 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
 
     source = SampleSource(model, section, sources, order, pixels, log)
     for _, broken in loaded:
-        for line in broken:
-            source.skip(*line.split(": ", 1))
+        for where, reason in broken:
+            source.skip(where, reason)
     paths = [path for samples in sources for sample in samples for path in sample.images]
     frozen = not any(p.requires_grad for p in model.image_encoder.parameters())
     if section.cache_features and frozen and paths:
@@ -123,10 +123,10 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     return source
 
 
-def _load(model: Any, spec: DataSpec) -> tuple[list[Sample], list[str]]:
-    """The samples of one source, and a line for each record that was broken."""
+def _load(model: Any, spec: DataSpec) -> tuple[list[Sample], list[tuple[str, str]]]:
+    """The samples of one source, and (where, reason) of each record that was broken."""
     data = load_dataset(spec.dataset, spec.split, format=spec.format, images=spec.images, limit=spec.limit)
     samples = model.samples(data.records, spec)
     if not samples:
         raise VlmError(f"data set {spec.dataset!r}, split {spec.split!r}: no record to train on as use: {spec.use}")
-    return samples, [f"{broken.where}: {broken.reason}" for broken in data.broken]
+    return samples, [(broken.where, broken.reason) for broken in data.broken]
