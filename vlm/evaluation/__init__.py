@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 # Resolved on first use: a metric does not pay for the runner's imports.
 _PUBLIC = {
     "Benchmark": "vlm.evaluation.benchmark",
+    "CaptionScores": "vlm.evaluation.captioning",
     "EvaluationResult": "vlm.evaluation.runner",
     "RetrievalScores": "vlm.evaluation.retrieval",
     "VqaScores": "vlm.evaluation.vqa",
     "ZeroShotScores": "vlm.evaluation.zero_shot",
     "bootstrap_interval": "vlm.evaluation.intervals",
+    "caption_scores": "vlm.evaluation.captioning",
     "evaluate": "vlm.evaluation.runner",
     "load_benchmark": "vlm.evaluation.benchmark",
     "retrieval_recall": "vlm.evaluation.retrieval",
@@ -19,11 +21,13 @@ _PUBLIC = {
 }
 __all__ = [
     "Benchmark",
+    "CaptionScores",
     "EvaluationResult",
     "RetrievalScores",
     "VqaScores",
     "ZeroShotScores",
     "bootstrap_interval",
+    "caption_scores",
     "evaluate",
     "load_benchmark",
     "retrieval_recall",
@@ -33,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vlm.evaluation.benchmark import Benchmark, load_benchmark
+    from vlm.evaluation.captioning import CaptionScores, caption_scores
     from vlm.evaluation.intervals import bootstrap_interval
     from vlm.evaluation.retrieval import RetrievalScores, retrieval_recall
     from vlm.evaluation.runner import EvaluationResult, evaluate

@@ -121,13 +121,13 @@ def vqa_accuracy(
     )
 
 
-def check_same_ids(given: Sequence[Any], expected: Sequence[Any], where: str) -> None:
+def check_same_ids(given: Sequence[Any], expected: Sequence[Any], where: str, what: str = "question") -> None:
     """Raise VlmError that counts and names missing, unknown and repeated ids, unless both sides hold the same set."""
     seen = Counter(map(str, given))
     wanted = set(map(str, expected))
     problems = [
-        f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
-        for what, ids in (
+        f"{len(ids)} {problem} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
+        for problem, ids in (
             ("missing", sorted(wanted - seen.keys())),
             ("unknown", sorted(seen.keys() - wanted)),
             ("given more than once", sorted(key for key, times in seen.items() if times > 1)),
@@ -135,7 +135,7 @@ def check_same_ids(given: Sequence[Any], expected: Sequence[Any], where: str) ->
         if ids
     ]
     if problems:
-        raise VlmError(f"{where}: the question ids do not match the data set's {len(wanted)}: " + "; ".join(problems))
+        raise VlmError(f"{where}: the {what} ids do not match the data set's {len(wanted)}: " + "; ".join(problems))
 
 
 def _pair(
