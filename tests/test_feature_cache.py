@@ -1,16 +1,25 @@
 """Frozen features are computed once per picture, shared by whoever asks, and never stale or torn."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from generative_parts import pictures
+from PIL import Image
 from tiny_models import tiny_hf_image_model
 
+import vlm.data.feature_cache as feature_cache
 from vlm.backbones.image import build_image_encoder
-from vlm.data.feature_cache import cache_features, store_folder
+from vlm.data.feature_cache import cache_features, frozen_features
 from vlm.data.images import BrokenImage, load_image
+from vlm.data.references import inside
 from vlm.errors import VlmError
 from vlm.model_spec import ImageEncoderSpec
 
@@ -19,6 +28,11 @@ from vlm.model_spec import ImageEncoderSpec
 def encoder(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
     return build_image_encoder(ImageEncoderSpec(name=f"hf:{tiny_folder(tiny_hf_image_model, 'clip')}"))
+
+
+def tokens_of(encoder):
+    """What the cache is to keep: the encoder's tokens."""
+    return frozen_features(encoder, "tokens", lambda features: features.tokens)
 
 
 @pytest.fixture
@@ -34,7 +48,7 @@ def count(encoder, monkeypatch):
 def test_cached_tokens_are_the_computed_ones(encoder, tmp_path, dtype):
     encoder.to(dtype)
     paths = pictures(tmp_path, 5)
-    cache = cache_features(encoder, paths, batch_size=5)
+    cache = cache_features(tokens_of(encoder), paths, batch_size=5)
     with torch.inference_mode():
         computed = encoder(torch.stack([encoder.transform.eval(load_image(p)) for p in paths])).tokens
     for path, tokens in zip(paths, computed):
@@ -46,32 +60,32 @@ def test_only_new_pictures_are_computed_and_equal_files_once(encoder, tmp_path, 
     paths = pictures(tmp_path, 4)
     copy = tmp_path / "copy.png"
     copy.write_bytes(Path(paths[0]).read_bytes())
-    cache_features(encoder, paths[:2])
-    cache_features(encoder, [*paths, str(copy)])
-    cache = cache_features(encoder, paths)
+    cache_features(tokens_of(encoder), paths[:2])
+    cache_features(tokens_of(encoder), [*paths, str(copy)])
+    cache = cache_features(tokens_of(encoder), paths)
     assert count() == 4
     assert len(cache.segments) == 2
 
 
 def test_a_changed_picture_or_encoder_is_computed_anew(encoder, tmp_path, count):
     (path,) = pictures(tmp_path, 1)
-    before = cache_features(encoder, [path])(path).clone()
+    before = cache_features(tokens_of(encoder), [path])(path).clone()
     load_image(path).rotate(90).save(path)
-    assert not torch.equal(cache_features(encoder, [path])(path), before)
+    assert not torch.equal(cache_features(tokens_of(encoder), [path])(path), before)
     with torch.no_grad():
         next(encoder.parameters()).add_(1.0)
-    cache_features(encoder, [path])
+    cache_features(tokens_of(encoder), [path])
     assert count() == 3
 
 
 def test_a_torn_or_unfinished_segment_is_rebuilt(encoder, tmp_path, count):
     paths = pictures(tmp_path, 3)
-    whole = [cache_features(encoder, paths)(p).clone() for p in paths]
-    folder = store_folder(encoder)
+    whole = [cache_features(tokens_of(encoder), paths)(p).clone() for p in paths]
+    folder = tokens_of(encoder).folder
     (data,) = folder.glob("*.bin")
     data.write_bytes(data.read_bytes()[:-8])
     (folder / "segment-00007.bin").write_bytes(b"no index beside it")
-    cache = cache_features(encoder, paths)
+    cache = cache_features(tokens_of(encoder), paths)
     assert count() == 6
     for path, tokens in zip(paths, whole):
         torch.testing.assert_close(cache(path), tokens)
@@ -81,7 +95,7 @@ def test_broken_pictures_are_listed_and_raise_when_asked_for(encoder, tmp_path):
     paths = pictures(tmp_path, 2)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"\x89PNG torn")
-    cache = cache_features(encoder, [*paths, str(bad), str(tmp_path / "missing.png")])
+    cache = cache_features(tokens_of(encoder), [*paths, str(bad), str(tmp_path / "missing.png")])
     assert set(cache.broken) == {str(bad), str(tmp_path / "missing.png")}
     with pytest.raises(BrokenImage, match=r"bad\.png"):
         cache(str(bad))
@@ -93,13 +107,115 @@ def test_too_little_disk_is_told_before_anything_is_written(encoder, tmp_path, m
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
     with pytest.raises(VlmError, match="VLM_CACHE"):
-        cache_features(encoder, pictures(tmp_path, 1))
-    assert not list(store_folder(encoder).glob("segment-*"))
+        cache_features(tokens_of(encoder), pictures(tmp_path, 1))
+    assert not list(tokens_of(encoder).folder.glob("segment-*"))
 
 
 def test_the_size_is_announced(encoder, tmp_path):
     said = []
-    cache_features(encoder, pictures(tmp_path, 2), announce=said.append)
+    cache_features(tokens_of(encoder), pictures(tmp_path, 2), announce=said.append)
     assert "2 pictures" in said[0]
-    (index,) = store_folder(encoder).glob("*.json")
+    (index,) = tokens_of(encoder).folder.glob("*.json")
     assert json.loads(index.read_text())["shape"][0] == 2
+
+
+def test_what_is_kept_is_the_models_choice_and_part_of_the_key(encoder, tmp_path):
+    paths = pictures(tmp_path, 3)
+    mean = frozen_features(encoder, "mean", lambda features: features.tokens.mean(1))
+    pooled = cache_features(mean, paths)
+    tokens = cache_features(tokens_of(encoder), paths)
+    assert mean.folder != tokens_of(encoder).folder
+    for path in paths:
+        torch.testing.assert_close(pooled(path), tokens(path).mean(0))
+
+
+def test_an_encoder_that_learns_has_nothing_to_keep(encoder):
+    next(encoder.parameters()).requires_grad_(True)
+    assert tokens_of(encoder) is None
+
+
+def test_pictures_in_shards_and_rows_of_cifar_are_kept_and_equal_pictures_share(encoder, tmp_path, count):
+    (path,) = pictures(tmp_path, 1)
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as archive:
+        archive.add(path, "a/0.png")
+    batch = tmp_path / "data_batch_1.bin"
+    rows = np.random.default_rng(0).integers(0, 256, (2, 3073), dtype=np.uint8)
+    batch.write_bytes(rows.tobytes())
+    references = [path, inside(shard, "a/0.png"), inside(batch, 1), inside(batch, 3074)]
+    cache = cache_features(tokens_of(encoder), references)
+    assert count() == 3  # the file and its copy in the shard are one picture
+    torch.testing.assert_close(cache(references[0]), cache(references[1]))
+    pixels = rows[1, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
+    with torch.inference_mode():
+        computed = encoder(encoder.transform.eval(Image.fromarray(pixels))[None]).tokens[0]
+    torch.testing.assert_close(cache(references[3]), computed)
+
+
+def test_features_fill_several_segments(encoder, tmp_path, count, monkeypatch):
+    monkeypatch.setattr(feature_cache, "SEGMENT_BYTES", 4_000)
+    paths = pictures(tmp_path, 9)
+    cache = cache_features(tokens_of(encoder), paths, batch_size=2)
+    assert len(cache.segments) > 2
+    again = cache_features(tokens_of(encoder), paths)
+    assert count() == 9
+    for path in paths:
+        torch.testing.assert_close(again(path), cache(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"keys": []}', b'{"keys": [], "shape": [1, 2], "dtype": "float32"}'])
+def test_an_unreadable_index_is_rebuilt(encoder, tmp_path, count, content):
+    paths = pictures(tmp_path, 2)
+    cache_features(tokens_of(encoder), paths)
+    (index,) = tokens_of(encoder).folder.glob("*.json")
+    index.write_bytes(content)
+    cache_features(tokens_of(encoder), paths)
+    assert count() == 4
+
+
+_KILLED = """
+import sys, time, torch
+from pathlib import Path
+import vlm.data.feature_cache as feature_cache
+from vlm.data.feature_cache import PictureFeatures, cache_features
+
+feature_cache.SEGMENT_BYTES = 64
+def encode(numbers):
+    if numbers.min() >= 8:
+        print("writing", flush=True)
+        time.sleep(60)
+    return numbers[:, None].repeat(1, 4).float()
+features = PictureFeatures("slow", "number", "0", lambda path: torch.tensor(int(Path(path).read_text())), encode)
+cache_features(features, sys.argv[1:], batch_size=3)
+"""
+
+
+def test_a_process_killed_while_it_writes_loses_only_what_it_had_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    paths = [tmp_path / f"{number}.txt" for number in range(20)]
+    for number, path in enumerate(paths):
+        path.write_text(str(number))
+    environment = {**os.environ, "PYTHONPATH": str(Path(feature_cache.__file__).parents[2])}
+    killed = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, *map(str, paths)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "writing\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    killed.stdout.close()
+
+    encoded = []
+
+    def encode(numbers):
+        encoded.extend(numbers.tolist())
+        return numbers[:, None].repeat(1, 4).float()
+
+    features = feature_cache.PictureFeatures(
+        "slow", "number", "0", lambda path: torch.tensor(int(Path(path).read_text())), encode
+    )
+    assert [file for file in features.folder.iterdir() if ".partial" in file.name]
+    cache = cache_features(features, list(map(str, paths)))
+    assert sorted(encoded) == list(range(6, 20))  # six were in a whole segment
+    assert [cache(str(path))[0].item() for path in paths] == list(range(20))
+    assert not [file for file in features.folder.iterdir() if ".partial" in file.name]

@@ -1,72 +1,122 @@
 """Features of a frozen image encoder: computed once per picture, kept on disk, memory-mapped.
 
-A picture is known by the hash of its file's bytes and a store by the encoder's fingerprint (part, options, weights,
-transform). So a stale feature cannot be found, and every data set, stage and evaluation shares what any of them
-computed. A segment counts once its index lies beside its data; a torn one is not seen.
+A picture is known by the hash of its content and a store by the encoder's fingerprint (part, options, weights,
+transform) and by which of its outputs is kept. So a stale feature cannot be found, and every data set, stage and
+evaluation shares what any of them computed. A segment counts once its index lies beside its data; a torn one is not
+seen.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlm.data.images import BrokenImage, load_image
+from vlm.data.references import picture_bytes
 from vlm.errors import VlmError
 from vlm.paths import cache_dir
+
+if TYPE_CHECKING:
+    from vlm.backbones.image_encoder import ImageEncoder, ImageFeatures
+
+SEGMENT_BYTES = 1 << 30  # features of a segment; what an interruption loses at most
+READERS = min(8, os.cpu_count() or 1)  # threads that decode pictures while the encoder runs
 
 # numpy has no bfloat16: such features are stored as the 16 bits they are.
 _STORAGE = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
 
+_Encoded = tuple[list[str], Tensor]  # content hashes and features [B, ...]
+
+
+@dataclass(frozen=True)
+class PictureFeatures:
+    """What is kept of a picture, and what it is known by.
+
+    name, kind: the encoder and which of its outputs, e.g. `tokens`. fingerprint: changes with whatever else decides the
+    features. load: path -> one picture as `encode` takes it; raises BrokenImage. encode: stacked pictures [B, ...], on
+    any device, -> features [B, ...] of one shape and float type for every picture.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    load: Callable[[str], Tensor]
+    encode: Callable[[Tensor], Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """Where these features are kept."""
+        safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.name)
+        return cache_dir() / "features" / f"{safe}-{self.kind}-{self.fingerprint}"
+
+
+def frozen_features(
+    encoder: "ImageEncoder", kind: str, select: Callable[["ImageFeatures"], Tensor]
+) -> PictureFeatures | None:
+    """What `select` takes of a frozen image encoder's output, in the encoder's precision; None if the encoder learns.
+
+    kind: what `select` takes, a word of the key: two that take the same share what is kept.
+    """
+    if any(parameter.requires_grad for parameter in encoder.parameters()):
+        return None
+    device = next(encoder.parameters()).device
+
+    def encode(pixels: Tensor) -> Tensor:
+        return select(encoder(pixels.to(device, non_blocking=True))).to(encoder.dtype)
+
+    def load(path: str) -> Tensor:
+        return encoder.transform.eval(load_image(path))
+
+    return PictureFeatures(encoder.name, kind, encoder.fingerprint(), load, encode)
+
 
 @dataclass
 class FeatureCache:
-    """Image tokens [N,D] by picture. `broken` maps paths that could not be read to the reason."""
+    """Features by picture. `broken` maps paths that could not be read to the reason."""
 
     folder: Path
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # content hash -> (segment, row)
-    segments: list[Tensor] = field(default_factory=list)  # memory-mapped [n, N, D]
+    segments: list[Tensor] = field(default_factory=list)  # memory-mapped [n, ...]
     hashes: dict[str, str] = field(default_factory=dict)  # path -> content hash
     broken: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, path: str) -> Tensor:
-        """Tokens [N,D] of a cached picture. Raises BrokenImage if it could not be read."""
+        """Features [...] of a cached picture. Raises BrokenImage if it could not be read."""
         if path in self.broken:
             raise BrokenImage(path, self.broken[path])
         segment, row = self.rows[self.hashes[path]]
         return self.segments[segment][row]
 
 
-def store_folder(encoder: Any) -> Path:
-    """Where an encoder's features are kept."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in encoder.name)
-    return cache_dir() / "features" / f"{safe}-{encoder.fingerprint()}"
-
-
-@torch.inference_mode()
 def cache_features(
-    encoder: Any, paths: Sequence[str], batch_size: int = 64, announce: Callable[[str], None] | None = None
+    features: PictureFeatures,
+    paths: Sequence[str],
+    batch_size: int = 64,
+    announce: Callable[[str], None] = lambda said: None,
 ) -> FeatureCache:
     """The features of all `paths`, computing and storing those that are not kept yet.
 
-    encoder: a frozen image encoder. announce: told the size before anything is written.
+    paths: files or references into shards. announce: told the size before anything is written.
     Pictures that cannot be read are listed in `.broken`. Raises VlmError if the disk has no room.
     """
     from filelock import FileLock
 
-    folder = store_folder(encoder)
+    folder = features.folder
     folder.mkdir(parents=True, exist_ok=True)
     cache = FeatureCache(folder)
     unique = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for path, digest in zip(unique, pool.map(_content_hash, unique)):
             if digest is None:
                 cache.broken[path] = "cannot be read"
@@ -79,27 +129,31 @@ def cache_features(
             if digest not in cache.rows:
                 missing.setdefault(digest, path)
         if missing:
-            _write_segment(cache, encoder, missing, batch_size, announce)
+            _forget_unfinished(folder)
+            _write(cache, features, missing, batch_size, announce)
     return cache
 
 
 def _content_hash(path: str) -> str | None:
     try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-    except OSError:
+        return hashlib.blake2b(picture_bytes(path), digest_size=16).hexdigest()
+    except (OSError, ValueError, VlmError):  # ValueError: a null byte in the name
         return None
 
 
 def _open_segments(cache: FeatureCache) -> None:
     for index in sorted(cache.folder.glob("segment-*.json")):
-        info = json.loads(index.read_text())
         data = index.with_suffix(".bin")
-        dtype = getattr(torch, info["dtype"])
-        size = int(np.prod(info["shape"])) * dtype.itemsize
-        if not data.is_file() or data.stat().st_size != size:
+        try:
+            info = json.loads(index.read_text(encoding="utf-8"))
+            shape, dtype, keys = tuple(info["shape"]), getattr(torch, info["dtype"]), info["keys"]
+            whole = data.stat().st_size == int(np.prod(shape)) * dtype.itemsize and len(keys) == shape[0]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            _map_segment(cache, data, shape, dtype, keys)
+        else:
             index.unlink()  # torn: computed again
-            continue
-        _map_segment(cache, data, tuple(info["shape"]), dtype, info["keys"])
 
 
 def _map_segment(cache: FeatureCache, data: Path, shape: tuple[int, ...], dtype: torch.dtype, keys: list[str]) -> None:
@@ -110,74 +164,99 @@ def _map_segment(cache: FeatureCache, data: Path, shape: tuple[int, ...], dtype:
     cache.rows.update({key: (number, row) for row, key in enumerate(keys)})
 
 
-def _write_segment(
+def _forget_unfinished(folder: Path) -> None:
+    """Delete what a killed process left; whoever holds the lock is the only one that writes."""
+    for file in folder.glob("segment-*"):
+        if ".partial" in file.name or (file.suffix == ".bin" and not file.with_suffix(".json").exists()):
+            file.unlink(missing_ok=True)
+
+
+def _write(
     cache: FeatureCache,
-    encoder: Any,
+    features: PictureFeatures,
     missing: dict[str, str],
     batch_size: int,
-    announce: Callable[[str], None] | None,
+    announce: Callable[[str], None],
 ) -> None:
-    parameter = next(encoder.parameters())
-    dtype, device = parameter.dtype, parameter.device
-    picture = encoder.num_tokens * encoder.width * dtype.itemsize
-    size = picture * len(missing)
-    free = shutil.disk_usage(cache.folder).free
+    """Encode and store pictures (content hash -> path), a segment every SEGMENT_BYTES."""
+    with torch.inference_mode():
+        encoded: Iterator[_Encoded] = (
+            (digests, features.encode(inputs).cpu().contiguous())
+            for digests, inputs in _read(cache, features, missing, batch_size)
+        )
+        said = False
+        for first in encoded:
+            if not said:
+                _check_room(cache.folder, first[1], len(missing), announce)
+                said = True
+            _write_segment(cache, features, chain([first], encoded))
+
+
+def _check_room(folder: Path, encoded: Tensor, pictures: int, announce: Callable[[str], None]) -> None:
+    size = pictures * encoded[0].numel() * encoded.dtype.itemsize
+    free = shutil.disk_usage(folder).free
     if size > free:
         raise VlmError(
-            f"the feature cache needs {size / 1e9:.1f} GB in {cache.folder}, where {free / 1e9:.1f} GB are free: "
+            f"the feature cache needs {size / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: "
             "set VLM_CACHE to a larger disk, or data.cache_features=false"
         )
-    if announce:
-        announce(f"caching features of {len(missing):,} pictures ({size / 1e6:,.0f} MB) in {cache.folder}")
-    number = len(list(cache.folder.glob("segment-*.json")))
-    while (cache.folder / f"segment-{number:05d}.json").exists():
-        number += 1
-    data = cache.folder / f"segment-{number:05d}.bin"
+    announce(f"caching features of {pictures:,} pictures ({size / 1e6:,.0f} MB) in {folder}")
+
+
+def _write_segment(cache: FeatureCache, features: PictureFeatures, batches: Iterator[_Encoded]) -> None:
+    """Write batches until the segment is full; it is seen once its index is in place."""
+    numbers = [int(file.stem.partition("-")[2]) for file in cache.folder.glob("segment-*.json")]
+    data = cache.folder / f"segment-{max(numbers, default=-1) + 1:05d}.bin"
     aside = data.with_suffix(f".partial-{os.getpid()}")
     keys: list[str] = []
     try:
         with aside.open("wb") as file:
-            for digests, pixels in _read(cache, encoder, missing, batch_size):
-                tokens = encoder(pixels.to(device)).tokens.to(dtype).cpu().contiguous()
-                file.write(tokens.view(torch.int16 if dtype == torch.bfloat16 else dtype).numpy().tobytes())
+            for digests, encoded in batches:
+                dtype, shape = encoded.dtype, tuple(encoded.shape[1:])
+                file.write((encoded.view(torch.int16) if dtype == torch.bfloat16 else encoded).numpy().data)
                 keys += digests
+                if file.tell() >= SEGMENT_BYTES:
+                    break
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, data)
     finally:
         aside.unlink(missing_ok=True)
-    if not keys:
-        data.unlink()
-        return
-    shape = (len(keys), encoder.num_tokens, encoder.width)
-    info = {"keys": keys, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "encoder": encoder.name}
-    index = data.with_suffix(".json")
-    index.with_suffix(".tmp").write_text(json.dumps(info))
-    os.replace(index.with_suffix(".tmp"), index)
-    _map_segment(cache, data, shape, dtype, keys)
+    info = {"keys": keys, "shape": [len(keys), *shape], "dtype": str(dtype).removeprefix("torch."), "of": features.name}
+    index = data.with_suffix(".partial-index")
+    index.write_text(json.dumps(info), encoding="utf-8")
+    os.replace(index, data.with_suffix(".json"))
+    _map_segment(cache, data, (len(keys), *shape), dtype, keys)
 
 
 def _read(
-    cache: FeatureCache, encoder: Any, missing: dict[str, str], batch_size: int
+    cache: FeatureCache, features: PictureFeatures, missing: dict[str, str], batch_size: int
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Batches of (content hashes, pixels [B,3,H,W]); unreadable pictures are noted and left out."""
+    """Batches of (content hashes, pictures [B,...]), decoded ahead; unreadable ones are noted and left out."""
 
-    def pixels(path: str) -> Tensor | BrokenImage:
+    def load(path: str) -> Tensor | BrokenImage:
         try:
-            return encoder.transform.eval(load_image(path))
+            return features.load(path)
         except BrokenImage as error:
             return error
 
-    items = list(missing.items())
-    with ThreadPoolExecutor(2) as pool:
-        for start in range(0, len(items), batch_size):
-            part = items[start : start + batch_size]
-            digests, tensors = [], []
-            for (digest, _), result in zip(part, pool.map(pixels, [path for _, path in part])):
+    items = iter(missing.items())
+    with ThreadPoolExecutor(READERS) as pool:
+        begun: deque[tuple[str, Future[Tensor | BrokenImage]]] = deque()
+
+        def begin(count: int) -> None:
+            begun.extend((digest, pool.submit(load, path)) for digest, path in islice(items, count))
+
+        begin(2 * batch_size)
+        while begun:
+            digests, pictures = [], []
+            for digest, future in [begun.popleft() for _ in range(min(batch_size, len(begun)))]:
+                result = future.result()
                 if isinstance(result, BrokenImage):
-                    cache.broken.update({p: str(result) for p, d in cache.hashes.items() if d == digest})
+                    cache.broken.update({p: result.reason for p, d in cache.hashes.items() if d == digest})
                 else:
                     digests.append(digest)
-                    tensors.append(result)
-            if tensors:
-                yield digests, torch.stack(tensors)
+                    pictures.append(result)
+            begin(batch_size)  # read while the encoder works on what is yielded
+            if pictures:
+                yield digests, torch.stack(pictures)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlm.backbones.image import ImageEncoder
 from vlm.backbones.text import TextEncoder
 from vlm.bridges.dual_tower import DualTower
+from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import load_image
 from vlm.data.prompts import PLACE, prompt_templates
 from vlm.errors import VlmError
@@ -59,6 +60,12 @@ class DualEncoder(TaskModel):
         with torch.set_grad_enabled(_learns(self.image_encoder) and torch.is_grad_enabled()):
             features = self.image_encoder(pixels)
             return self.bridge.image.pool(features.tokens, features.pooled)
+
+    def picture_features(self) -> PictureFeatures | None:
+        """What the feature cache keeps of a picture: its `image_features`; nothing while the encoder learns."""
+        head = self.bridge.image
+        kind = "tokens" if head.kind == "attention" else head.kind
+        return frozen_features(self.image_encoder, kind, lambda features: head.pool(features.tokens, features.pooled))
 
     def text_features(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What the bridge takes of token ids [B,T] and mask [B,T]: [B,D], with pooling by attention tokens [B,T,D]."""

@@ -17,6 +17,7 @@ from vlm.data.conversation import (
     tokenize_conversation,
     tokenize_prompt_and_text,
 )
+from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import load_image
 from vlm.data.packing import (
     IGNORE,
@@ -157,6 +158,10 @@ class GenerativeModel(TaskModel):
     def project(self, inputs: Tensor) -> Tensor:
         """Projected tokens [U,n,D] of pixels [U,3,H,W] or of cached image tokens [U,N,D]."""
         return self.bridge(self.encode_pixels(inputs) if inputs.ndim == 4 else inputs)
+
+    def picture_features(self) -> PictureFeatures | None:
+        """What the feature cache keeps of a picture: its tokens [N,D]; nothing while the encoder learns."""
+        return frozen_features(self.image_encoder, "tokens", lambda features: features.tokens)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Image tokens [U,N,D] of pixels [U,3,H,W]; without gradient where the encoder is frozen."""

@@ -117,9 +117,9 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
         for where, reason in broken:
             source.skip(where, reason)
     paths = [path for samples in sources for sample in samples for path in sample.images]
-    frozen = not any(p.requires_grad for p in model.image_encoder.parameters())
-    if section.cache_features and frozen and paths:
-        source.load_picture = cache_features(model.image_encoder, paths, announce=log)
+    features = model.picture_features()
+    if section.cache_features and features is not None and paths:
+        source.load_picture = cache_features(features, paths, announce=log)
     return source
 
 
