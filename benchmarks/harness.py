@@ -1,0 +1,191 @@
+"""Two sides that do the same work, timed in turns and weighed apart.
+
+A script gives cases by name; a case has two sides, each a function that builds what is needed and returns the step to
+measure. Time: both sides are built in one process and take turns (A B A B ...), so that whatever else the machine does
+falls on both; the median of each counts. Memory: each side alone in a fresh process; the step runs once to settle, the
+kernel's high-water mark of resident memory is reset, and the step runs again: the mark less what was resident before is
+what the step needs above its inputs, weights and gradients that are there already. (glibc is told to give freed memory
+back at once; measured on Linux, left out elsewhere.)
+
+Results are printed and appended to `runs/benchmarks.jsonl`; `report.py` makes `RESULTS.md` of them.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Step = Callable[[], Any]
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "runs" / "benchmarks.jsonl"
+_RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """ours, theirs: build a side and return its step. amount: units of work in a step, for the rate.
+
+    speed_target: how many times faster ours is meant to be. memory_target: the largest share of their memory that ours
+    may need. measure_memory: also without a target. check: given what the two steps returned, raises if they differ.
+    """
+
+    ours: Callable[[], Step]
+    theirs: Callable[[], Step]
+    peer: str
+    amount: float = 1.0
+    unit: str = "step"
+    repeats: int = 5
+    speed_target: float | None = None
+    memory_target: float | None = None
+    measure_memory: bool = False
+    check: Callable[[Any, Any], None] | None = None
+
+
+def main(cases: Mapping[str, Case], packages: Sequence[str] = ()) -> None:
+    """Run the cases of the calling script, all or those named on its command line.
+
+    packages: distributions whose versions decide the numbers, besides torch.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="*", help=f"of: {', '.join(cases)}")
+    parser.add_argument("--repeats", type=int, help="turns each side takes")
+    parser.add_argument("--peak", choices=("ours", "theirs"), help="print a side's peak memory in bytes and stop")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(cases):
+        parser.error(f"no case {', '.join(sorted(unknown))}; known: {', '.join(cases)}")
+    names = options.cases or list(cases)
+    if options.peak:
+        print(json.dumps(peak_memory(getattr(cases[names[0]], options.peak)())))
+        return
+    script = Path(sys.argv[0]).resolve()
+    where = machine(packages)
+    print(f"{script.stem} on {describe(where)}")
+    for name in names:
+        result = {
+            "benchmark": script.stem,
+            "case": name,
+            "peer": cases[name].peer,
+            **_run(cases[name], options.repeats),
+        }
+        if cases[name].measure_memory and sys.platform == "linux":
+            peaks = {side: _peak_apart(script, name, side) for side in ("ours", "theirs")}
+            result["memory"] = {**peaks, "share": peaks["ours"] / max(peaks["theirs"], 1)}
+            result["memory_target"] = cases[name].memory_target
+        print(line(result), flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({**result, "machine": where}) + "\n")
+
+
+def _run(case: Case, repeats: int | None) -> dict[str, Any]:
+    ours, theirs = case.ours(), case.theirs()
+    results = ours(), theirs()  # also warms both up
+    if case.check is not None:
+        case.check(*results)
+    del results
+    times = take_turns(ours, theirs, repeats or case.repeats)
+    seconds = {"ours": median(times[0]), "theirs": median(times[1])}
+    return {
+        "seconds": seconds,
+        "all_seconds": {"ours": times[0], "theirs": times[1]},
+        "amount": case.amount,
+        "unit": case.unit,
+        "speed": seconds["theirs"] / seconds["ours"],
+        "speed_target": case.speed_target,
+    }
+
+
+def take_turns(ours: Step, theirs: Step, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of `repeats` turns of both sides, one after the other."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats):
+        sides = [(ours, times[0]), (theirs, times[1])]
+        for step, into in sides if turn % 2 == 0 else reversed(sides):
+            start = time.perf_counter()
+            step()
+            into.append(time.perf_counter() - start)
+    return times
+
+
+def peak_memory(step: Step) -> int:
+    """Bytes by which a second run of `step` raises this process's resident memory at its highest (Linux)."""
+    step()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    step()
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(key: str) -> int:
+    for entry in Path("/proc/self/status").read_text().splitlines():
+        if entry.startswith(f"{key}:"):
+            return int(entry.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def _peak_apart(script: Path, case: str, side: str) -> int:
+    command = [sys.executable, str(script), case, "--peak", side]
+    environment = {**os.environ, **_RETURN_FREED_MEMORY}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    import torch
+
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", *packages)},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, and the vector and matrix units that torch's kernels would use."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    entries = dict(part.split(":", 1) for part in text.replace("\t", "").splitlines() if ":" in part)
+    flags = entries.get("flags", "").split()
+    units = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return " ".join([entries.get("model name", platform.machine()).strip(), *units])
+
+
+def describe(where: Mapping[str, Any]) -> str:
+    """`machine` in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    place = f"{where['cpu']}, {where['threads']} threads" + (f", {where['gpu']}" if where["gpu"] else "")
+    return f"{place}; Python {where['python']}, {versions}"
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """One result as a line of text."""
+    seconds, memory = result["seconds"], result.get("memory")
+    rates = [f"{result['amount'] / seconds[side]:,.4g}" for side in ("ours", "theirs")]
+    target = result["speed_target"]
+    text = f"{result['case']}: {rates[0]} against {rates[1]} {result['unit']}/s of {result['peer']}: "
+    text += f"{result['speed']:.2f}x as fast{_verdict(target, target is None or result['speed'] >= target, 'x')}"
+    if memory:
+        sizes = [f"{memory[side] / 2**20:,.0f}" for side in ("ours", "theirs")]
+        allowed = result["memory_target"]
+        met = allowed is None or memory["share"] <= allowed
+        text += f"; {sizes[0]} against {sizes[1]} MiB: {memory['share']:.3f} of the memory{_verdict(allowed, met, '')}"
+    return text
+
+
+def _verdict(target: float | None, met: bool, unit: str) -> str:
+    return "" if target is None else f" (target {target:g}{unit}: {'reached' if met else 'NOT reached'})"
