@@ -103,6 +103,26 @@ class DualTowerSpec(Strict):
     logits: Literal["softmax", "sigmoid"] = "softmax"
 
 
+class QFormerBridgeSpec(Strict):
+    """The Q-Former: learned queries that read an image, in layers of a BERT (BLIP-2).
+
+    init: the BERT it starts from, in transformers' layout; gives width, heads, vocabulary and tokeniser.
+    num_queries: learned queries, and so the tokens a picture becomes.
+    layers: the first so many of the BERT's; all if not given.
+    cross_attention_every: layers 0, n, 2n, ... look at the image.
+    embed_width: of the joint space of images and texts.
+    dropout: on hidden states and attention probabilities in training.
+    """
+
+    type: Literal["qformer"] = "qformer"
+    init: str = "hf:bert-base-uncased"
+    num_queries: int = Field(default=32, ge=1)
+    layers: int | None = Field(default=None, ge=1)
+    cross_attention_every: int = Field(default=2, ge=1)
+    embed_width: int = Field(default=256, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
 class GenerativeSpec(Strict):
     """The projection family (LLaVA): image tokens spliced into a language model's prompt.
 
@@ -139,6 +159,22 @@ class DualEncoderSpec(Strict):
     text_encoder: TextEncoderSpec
 
     _short = field_validator("image_encoder", "text_encoder", mode="before")(name_only)
+
+
+class QFormerSpec(Strict):
+    """The Q-Former family, first stage (BLIP-2): contrast, matching and captions over a frozen image encoder.
+
+    text_length: tokens of a text in training, [CLS] and [SEP] among them; longer ones are cut.
+    match_length: tokens of a text in `encode_text` and `match` (BLIP-2's retrieval: 35).
+    """
+
+    type: Literal["qformer"] = "qformer"
+    image_encoder: ImageEncoderSpec
+    bridge: QFormerBridgeSpec = QFormerBridgeSpec()
+    text_length: int = Field(default=32, ge=3)
+    match_length: int = Field(default=35, ge=3)
+
+    _short = field_validator("image_encoder", mode="before")(name_only)
 
 
 # The families, told apart by `type`.
