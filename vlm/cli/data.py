@@ -1,4 +1,4 @@
-"""`vlm data`: list the data sets, make one ready, write one as shards."""
+"""`vlm data`: list the data sets, make one ready, check one, write one as shards."""
 
 import json
 import re
@@ -9,6 +9,8 @@ import typer
 
 app = typer.Typer(help="Show and prepare data sets.", no_args_is_help=True)
 
+Name = Annotated[str, typer.Argument(help="A data set of `vlm data list`, or a YAML file.")]
+Splits = Annotated[list[str] | None, typer.Option(help="Only this split; may be given again.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -42,16 +44,36 @@ def list_datasets(as_json: AsJson = False) -> None:
 
 @app.command()
 def prepare(
-    name: Annotated[str, typer.Argument(help="A data set of `vlm data list`, or a YAML file.")], as_json: AsJson = False
+    name: Name,
+    split: Splits = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Make a data set ready and check it; prints its licence and where it lies."""
+    """Download or make a data set, check it, and say where it lies; prints its licence, and what to fetch by hand."""
     from vlm.data.catalogue import load_spec
     from vlm.data.prepare import prepare as make_ready
 
-    path = make_ready(name, progress=not as_json)
+    path = make_ready(name, progress=not as_json, splits=split or [])
     spec, _ = load_spec(name)
     facts = {"name": spec.name, "path": str(path), "licence": spec.licence, "attribution": spec.attribution}
     typer.echo(json.dumps(facts) if as_json else f"{spec.name} is ready in {path}")
+
+
+@app.command()
+def check(
+    name: Name,
+    split: Splits = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help="Read every file and compare its checksum.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is missing or wrong of a data set and which file goes where; fetches nothing. Exit status 1 if it is."""
+    from vlm.data.prepare import check as look
+
+    lines = look(name, split or [], checksums)
+    if as_json:
+        typer.echo(json.dumps({"name": name, "problems": lines}))
+    else:
+        typer.echo("\n".join(lines) or f"{name}: nothing is missing")
+    raise typer.Exit(1 if lines else 0)
 
 
 @app.command()

@@ -3,28 +3,28 @@
 import importlib.util
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vlm.backbones.starter import package_file
 from vlm.data.formats import FORMATS, read_records
 from vlm.data.parsing import BrokenRecord
 from vlm.data.records import Record
-from vlm.data.webdataset_shards import has_braces
+from vlm.data.webdataset_shards import expand_braces, has_braces
 from vlm.errors import VlmError, did_you_mean
 from vlm.paths import cache_dir, data_dir, find_yaml, read_yaml, yaml_names
 from vlm.schema import Strict, validate
 
 IN_PACKAGE = "package:"
 PREPARED = "prepared:"
-BY_HAND = "manual:"
+IN_DATA = "data:"
 
 
 class SplitSpec(Strict):
     """One split. A place is `package:MODULE/PATH` (inside an installed package), `prepared:PATH` (made by
-    `vlm data prepare`), `manual:PATH` (put by hand into the data set's folder in `VLM_DATA`), or a path, relative to
-    the YAML file; of `webdataset`, with braces for several shards.
+    `vlm data prepare`), `data:PATH` (in the data folder `VLM_DATA`, downloaded or put there by hand), or a path,
+    relative to the YAML file; of `webdataset`, with braces for several shards.
 
     path: the annotation file or folder. images: folder of the pictures, if not the format's own place. questions: the
     second file of formats that part questions from answers.
@@ -38,11 +38,54 @@ class SplitSpec(Strict):
     pictures: int | None = Field(default=None, ge=1)
 
 
+class Download(Strict):
+    """A file that the data set needs, in the data folder `VLM_DATA`; data sets that need the same one share it.
+
+    url: http(s), or `hf://datasets/OWNER/NAME/PATH`; with `by_hand`, the page to get it from. to: where it goes, a
+    place in the data folder; both may have braces for several files, as shards have.
+    size (bytes), sha256, md5: of the file as it is downloaded.
+    unpack: of an archive, the files and folders to take out of it; `to` is then the folder they go to.
+    splits: those that need it, all where none are named. by_hand: how to get it where a licence or a form stands before
+    it; `vlm data prepare` then does not fetch it.
+    """
+
+    url: str = Field(pattern=r"^(https?://|hf://datasets/[^/]+/[^/]+/)[^\s]+$")
+    to: str
+    size: int | None = Field(default=None, ge=1)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    md5: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
+    unpack: list[str] = []
+    splits: list[str] = []
+    by_hand: str = ""
+
+    @field_validator("to", "unpack")
+    @classmethod
+    def _inside(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError("expected a place inside the data folder, e.g. coco/annotations")
+        return value
+
+    @model_validator(mode="after")
+    def _as_many_addresses_as_places(self) -> "Download":
+        if not self.unpack and not self.by_hand and len(expand_braces(self.url)) != len(expand_braces(self.to)):
+            raise ValueError("`url` and `to` name different numbers of files")
+        return self
+
+    def places(self) -> list[str]:
+        """What has to be there in the end, relative to the data folder."""
+        if self.unpack:
+            return [str(PurePosixPath(self.to) / name) for name in self.unpack]
+        return expand_braces(self.to)
+
+
 class DatasetSpec(Strict):
     """One data set.
 
     packages: PyPI packages it comes from, importable name -> what to install.
-    checksums: place of a file -> its SHA-256. notes: what preparing does.
+    downloads: files it needs, in the data folder. checksums: place of a file -> its SHA-256. notes: what preparing
+    does, and what else to know.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -52,6 +95,7 @@ class DatasetSpec(Strict):
     attribution: str = ""
     format: str
     packages: dict[str, str] = {}
+    downloads: list[Download] = []
     splits: dict[str, SplitSpec] = Field(min_length=1)
     checksums: dict[str, str] = {}
     notes: str = ""
@@ -62,6 +106,13 @@ class DatasetSpec(Strict):
         if value not in FORMATS:
             raise ValueError(f"unknown format{did_you_mean(value, FORMATS)}")
         return value
+
+    @model_validator(mode="after")
+    def _downloads_of_its_own_splits(self) -> "DatasetSpec":
+        for split in (split for download in self.downloads for split in download.splits):
+            if split not in self.splits:
+                raise ValueError(f"a download is for the split {split!r}{did_you_mean(split, self.splits)}")
+        return self
 
 
 @dataclass
@@ -131,12 +182,12 @@ def locate(spec: DatasetSpec, file: Path, place: str) -> Path:
         if not path.exists():
             raise VlmError(f"data set {spec.name!r} is not prepared; run: vlm data prepare {spec.name}")
         return path
-    if place.startswith(BY_HAND):
-        path = data_dir() / spec.name / place.removeprefix(BY_HAND)
-        if not path.exists():
+    if place.startswith(IN_DATA):
+        path = data_dir() / place.removeprefix(IN_DATA)
+        if not path.exists() and not (has_braces(path) and _some_shard(path)):
             raise VlmError(
-                f"data set {spec.name!r} has to be fetched by hand: {path} is missing. {spec.notes} "
-                f"See {spec.homepage}; VLM_DATA chooses another folder than {data_dir()}"
+                f"data set {spec.name!r}: {path} is missing; run: vlm data prepare {spec.name} "
+                "(it fetches it or says where to get it; VLM_DATA chooses another data folder)"
             )
         return path
     path = file.parent / Path(place).expanduser()
@@ -155,6 +206,10 @@ def missing_packages(spec: DatasetSpec) -> str | None:
     missing = [install for module, install in spec.packages.items() if importlib.util.find_spec(module) is None]
     # Without dependencies: one of the packages asks for a C++ build that its data does not need.
     return f"pip install --no-deps {shlex.join(missing)}" if missing else None
+
+
+def _some_shard(pattern: Path) -> bool:
+    return any(Path(name).is_file() for name in expand_braces(str(pattern)))
 
 
 def _split(spec: DatasetSpec, split: str) -> SplitSpec:

