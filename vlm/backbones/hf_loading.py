@@ -43,6 +43,7 @@ def load_strictly(cls: Any, reference: str, unused: Iterable[str] = (), optional
 
     unused: patterns of checkpoint keys that may be left over (the other tower, a classifier).
     optional: patterns of the model's keys that the checkpoint may lack.
+    options: of `from_pretrained`; with `config` and `state_dict`, `reference` only says where these come from.
     Raises VlmError that names the keys.
     """
     from transformers.utils import logging
@@ -51,7 +52,8 @@ def load_strictly(cls: Any, reference: str, unused: Iterable[str] = (), optional
     logging.set_verbosity_error()  # its report of left-over keys is replaced by the account below
     try:
         # Shapes that differ are an error below; without this option they are one that does not name the keys.
-        model, info = cls.from_pretrained(reference, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        source = None if "state_dict" in options else reference
+        model, info = cls.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise VlmError(f"hf:{reference}: {_first_line(error)}") from error
     finally:

@@ -8,9 +8,10 @@ import torch
 from PIL.Image import Resampling
 from torch import nn
 
-from vlm.backbones.hf_loading import load_config, load_strictly
+from vlm.backbones.hf_loading import load_config, load_strictly, read_config
 from vlm.backbones.image_encoder import Tower
 from vlm.backbones.layers import check_layer
+from vlm.backbones.llava_checkpoint import is_llava, read_llava
 from vlm.data.transforms import ImageTransform
 from vlm.errors import VlmError, did_you_mean
 
@@ -133,16 +134,30 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def build_hf(reference: str, layer: int, image_size: int | None) -> tuple[Tower, ImageTransform]:
-    """The vision tower of a hub id or local folder; of CLIP and SigLIP also from a checkpoint of both towers."""
+    """The vision tower of a hub id or local folder; also out of a checkpoint of CLIP, SigLIP or LLaVA as a whole."""
     import transformers
 
-    config = load_config(reference)
+    options: dict[str, Any] = {}
+    if is_llava(read_config(reference)):
+        checkpoint = read_llava(reference)
+        options["state_dict"] = checkpoint.state("vision")
+        if not options["state_dict"]:  # it lies beside its language model
+            return build_hf(checkpoint.tower, layer, image_size)
+        config = checkpoint.vision_config or load_config(checkpoint.tower)
+        options["config"] = config = getattr(config, "vision_config", config)
+    else:
+        config = load_config(reference)
     if config.model_type not in FAMILIES:
         hint = did_you_mean(config.model_type, FAMILIES)
         raise VlmError(f"hf:{reference}: no image encoder can be made of a {config.model_type!r} model{hint}")
     family = FAMILIES[config.model_type]
-    model, lacking = load_strictly(getattr(transformers, family.model), reference, family.unused, family.optional)
-    transform = hf_transform(reference)
+    if options:
+        inner = f"{family.inner}." if family.inner else ""
+        options["state_dict"] = {inner + key: tensor for key, tensor in options["state_dict"].items()}
+    model, lacking = load_strictly(
+        getattr(transformers, family.model), reference, family.unused, family.optional, **options
+    )
+    transform = hf_transform(checkpoint.tower if options else reference)
     own = getattr(model.config, "image_size", None)
     if image_size is not None:
         transform = transform.with_size(image_size)
@@ -177,6 +192,8 @@ def hf_transform(reference: str) -> ImageTransform:
         crop_pct = _crop_pct(final[0], scaled[0])
     elif shortest:
         raise VlmError(f"hf:{reference}: pictures of different shapes (no centre crop) are not supported")
+    if type(processor).__name__.startswith("LlavaImageProcessor") and processor.do_pad:
+        resize = "pad"
     return ImageTransform(
         size=(int(final[0]), int(final[1])),
         mean=tuple(processor.image_mean),

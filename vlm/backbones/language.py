@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlm.backbones.hf_loading import load_strictly, read_config
+from vlm.backbones.llava_checkpoint import is_llava, read_llava
 from vlm.backbones.names import PartName, parse_part_name
 from vlm.data.records import IMAGE_PLACEHOLDER
 from vlm.devices import storage_dtype
@@ -269,10 +271,15 @@ _FOLDERS: dict[str, Callable[[PartName], str]] = {
 
 def _load(folder: str, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
     """Network and tokeniser from a folder or hub id; every key of the checkpoint is accounted for."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar per part hides what the command itself has to say
+    if _holds_llava(folder):
+        checkpoint = read_llava(folder)
+        options = {"config": checkpoint.text_config, "state_dict": checkpoint.state("language"), "dtype": dtype}
+        network, _ = load_strictly(MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.text_config)], folder, **options)
+        return network, load_tokenizer(checkpoint.base or folder, name)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -287,6 +294,14 @@ def _load(folder: str, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokeni
         if report.get(kind):
             raise VlmError(f"language model {name!r}: {kind.replace('_', ' ')}: {_some(report[kind])}")
     return network, load_tokenizer(folder, name)
+
+
+def _holds_llava(folder: str) -> bool:
+    """Whether the language model is to be taken out of a whole LLaVA."""
+    try:
+        return is_llava(read_config(folder))
+    except VlmError:  # the error that names the part comes from where it is loaded
+        return False
 
 
 def load_tokenizer(folder: str, name: str) -> Tokenizer:

@@ -11,6 +11,7 @@ from vlm.cli.cache import app as cache_app
 from vlm.cli.data import AsJson
 from vlm.cli.data import app as data_app
 from vlm.cli.errors import one_line_errors
+from vlm.cli.export import export
 
 QUICKSTART = ("starter/llava_pretrain", "starter/llava_finetune")
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
+app.command()(export)
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ import torch
 from vlm.backbones.hf_loading import read_config
 from vlm.errors import VlmError, did_you_mean
 from vlm.models.published_dual_encoder import load_dual_encoder
+from vlm.models.published_llava import load_llava
 from vlm.models.tasks import TaskModel
 
 # (hub id or local folder, device or None for the default, precision) -> the model, frozen and in eval mode.
@@ -16,6 +17,11 @@ Loader = Callable[[str, str | torch.device | None, str], TaskModel]
 PUBLISHED: dict[str, Loader] = {
     "clip": load_dual_encoder,
     "siglip": load_dual_encoder,
+    "llava": load_llava,
+    "llava_llama": load_llava,
+    "llava_mistral": load_llava,
+    "llava_qwen2": load_llava,
+    "llava_next": load_llava,  # which says why it cannot
 }
 
 

@@ -1,0 +1,279 @@
+"""Published LLaVA checkpoints taken apart: vision tower, projector, language model, with every key accounted for.
+
+Layouts: transformers' (`model_type: llava`), and the authors': merged, LoRA beside its base, or the projector alone.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlm.backbones.hf_loading import read_config
+from vlm.errors import VlmError
+
+Part = Literal["vision", "bridge", "language"]
+
+# Key of a checkpoint -> (part, key there). Language keys are those of transformers' causal model, vision keys those of
+# its bare tower, bridge keys those of `vlm.bridges.projection.Projection`. The first pattern that fits counts.
+_KEYS: tuple[tuple[str, Part, str], ...] = (
+    # transformers on disk, and in memory since version 5
+    (r"(?:model\.)?language_model\.lm_head\.(.*)", "language", r"lm_head.\1"),
+    (r"(?:model\.)?language_model\.model\.(.*)", "language", r"model.\1"),
+    (r"model\.language_model\.(.*)", "language", r"model.\1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", "bridge", r"layers.0.\1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", "bridge", r"layers.2.\1"),
+    # the authors' own
+    (r"(?:model\.)?vision_tower\.vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
+    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
+    (r"(?:model\.)?mm_projector\.(weight|bias)", "bridge", r"layers.0.\1"),
+    (r"(?:model\.)?mm_projector\.(\d+\.(?:weight|bias))", "bridge", r"layers.\1"),
+    (r"(model\.(?:embed_tokens|layers|norm)\..*|lm_head\..*)", "language", r"\1"),
+)
+_BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
+_ADAPTER = re.compile(r"(?:base_model\.model\.)?(?P<layer>.*)\.lora_(?P<side>A|B)(?:\.default)?\.weight")
+_MERGED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_BESIDE_ADAPTERS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+
+
+@dataclass(frozen=True)
+class LlavaCheckpoint:
+    """One checkpoint by the facts of its `config.json`.
+
+    text_config, vision_config: transformers configurations; `vision_config` is None where the tower is another
+    checkpoint, `tower`. layer: hidden state that is read, from the end. drop_cls: leave the CLS token out.
+    projector: (type, depth). base: the language model beside which adapters or a projector lie, if they do.
+    resize: LLaVA's `image_aspect_ratio`, None where the image preprocessor decides. prompts: what our own exports say
+    of template and prompts.
+    """
+
+    reference: str
+    text_config: Any
+    vision_config: Any
+    tower: str
+    layer: int
+    drop_cls: bool
+    projector: tuple[Literal["linear", "mlp"], int]
+    base: str | None
+    resize: Literal["shortest", "square", "pad"] | None
+    prompts: dict[str, str]
+
+    def state(self, part: Part) -> dict[str, Tensor]:
+        """The tensors of a part by the key that it has there; adapters are merged into the language model.
+
+        Raises VlmError that names keys which belong nowhere.
+        """
+        if self.base is None:
+            return _part_of(_tensors(self.reference, _MERGED), part, self.reference)
+        if part != "bridge":
+            return self._with_adapters(_part_of(_tensors(self.base, _MERGED), part, self.base), part)
+        beside = _tensors(self.reference, (*_BESIDE_ADAPTERS, *_PROJECTOR))
+        return _part_of(beside, part, self.reference)
+
+    def _with_adapters(self, state: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+        if part == "language" and _file(self.reference, "adapter_config.json"):
+            beside = _tensors(self.reference, _BESIDE_ADAPTERS)  # full embeddings or the like
+            _merge_adapters(state, _tensors(self.reference, _ADAPTERS), self.reference)
+            state |= _part_of(beside, part, self.reference)
+        return state
+
+
+def is_llava(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a LLaVA, of whatever layout."""
+    return str(config.get("model_type", "")).startswith("llava") or "mm_vision_tower" in config
+
+
+def read_llava(reference: str) -> LlavaCheckpoint:
+    """The checkpoint of a hub id or local folder. Raises VlmError for what LLaVA-1.0 and 1.5 do not have."""
+    config = read_config(reference)
+    kind = str(config.get("model_type", ""))
+    if kind == "llava_next" or "anyres" in str(config.get("image_aspect_ratio", "")):
+        raise VlmError(
+            f"{reference}: LLaVA-1.6 (LLaVA-NeXT) cuts a picture into tiles (AnyRes), which is not supported: "
+            "use a LLaVA-1.5 checkpoint"
+        )
+    if "mm_vision_tower" in config:
+        return _original(reference, config)
+    if kind != "llava":
+        raise VlmError(f"{reference}: model_type {kind!r} is not LLaVA-1.0 or 1.5")
+    return _transformers(reference, config)
+
+
+def _transformers(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
+    from transformers import LlavaConfig
+
+    config: Any = LlavaConfig.from_dict(raw)
+    for key, wanted in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
+        if getattr(config, key) != wanted:
+            raise VlmError(f"{reference}: {key}: {getattr(config, key)!r} is not supported, only {wanted!r}")
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise VlmError(f"{reference}: vision_feature_layer: {layer}: several layers side by side are not supported")
+    layer = layer if layer < 0 else layer - depth - 1
+    drop = config.vision_feature_select_strategy == "default"
+    vision = config.vision_config.model_type
+    if layer == -1:
+        raise VlmError(f"{reference}: vision_feature_layer: the last one without its norm is not supported")
+    if drop and "siglip" in vision:
+        raise VlmError(
+            f"{reference}: `vision_feature_select_strategy: default` drops a patch of SigLIP, not a CLS token"
+        )
+    prompts = {key: str(value) for key, value in raw.get("vlm", {}).items()}
+    return LlavaCheckpoint(
+        reference, config.text_config, config.vision_config, reference, layer, drop, ("mlp", 2), None, None, prompts
+    )
+
+
+def _original(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
+    from transformers import CONFIG_MAPPING
+
+    kind = {"llava_llama": "llama", "llava": "llama"}.get(str(raw["model_type"]), str(raw["model_type"])[6:])
+    if kind not in ("llama", "mistral", "qwen2"):
+        raise VlmError(f"{reference}: model_type {raw['model_type']!r}: no LLaVA over {kind or 'that'!r} is supported")
+    if raw.get("mm_use_im_start_end") or raw.get("mm_use_im_patch_token"):
+        raise VlmError(f"{reference}: marks around the picture (mm_use_im_start_end) are not supported")
+    name = str(raw.get("mm_projector_type", "linear"))
+    mlp = re.fullmatch(r"mlp(\d+)x_gelu", name)
+    if not mlp and name != "linear":
+        raise VlmError(f"{reference}: mm_projector_type: {name!r} is not supported, only linear and mlpNx_gelu")
+    text = {k: v for k, v in raw.items() if not k.startswith(("mm_", "tune_mm_", "image_")) and k != "model_type"}
+    resize: dict[str, Literal["pad", "square"]] = {"pad": "pad", "square": "square"}
+    return LlavaCheckpoint(
+        reference=reference,
+        text_config=CONFIG_MAPPING[kind](**text),
+        vision_config=None,
+        tower=_resolved(str(raw["mm_vision_tower"]), reference),
+        layer=int(raw.get("mm_vision_select_layer", -2)),
+        drop_cls=raw.get("mm_vision_select_feature", "patch") == "patch",
+        projector=("mlp", int(mlp[1])) if mlp else ("linear", 2),
+        base=_base(reference, raw),
+        resize=resize.get(str(raw.get("image_aspect_ratio"))),
+        prompts={},
+    )
+
+
+def _base(reference: str, raw: dict[str, Any]) -> str | None:
+    """The language model that adapters or a projector belong to; None if all weights are here."""
+    if path := _file(reference, "adapter_config.json"):
+        name = json.loads(path.read_text()).get("base_model_name_or_path")
+    elif any(_file(reference, file) for file in _MERGED):
+        return None
+    else:
+        name = raw.get("_name_or_path")
+    if not name:
+        raise VlmError(f"{reference}: names no base model; give it as `_name_or_path` in its config.json")
+    return _resolved(str(name), reference)
+
+
+def _resolved(name: str, beside: str) -> str:
+    """A folder named relative to the checkpoint's own, or the name as it is."""
+    near = Path(beside).expanduser() / name
+    return str(near) if near.is_dir() else name
+
+
+def _file(reference: str, name: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    found = cached_file(reference, name, **options)
+    return None if found is None else Path(found)
+
+
+def _tensors(reference: str, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of the first of these files that is there, or of the shards that it names."""
+    for name in names:
+        if path := _file(reference, name):
+            files = [path]
+            if path.name.endswith(".index.json"):
+                shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+                found = [_file(reference, shard) for shard in shards]
+                if lacking := [shard for shard, file in zip(shards, found) if file is None]:
+                    raise VlmError(f"{reference}: {path.name} names {lacking[0]}, which is not there")
+                files = [file for file in found if file is not None]
+            for file in files:
+                yield from _read(file)
+            return
+    if names is not _BESIDE_ADAPTERS:
+        raise VlmError(f"{reference}: holds none of {', '.join(names)}")
+
+
+def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    yield key, tensors.get_tensor(key)
+        else:
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+    except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:
+        raise VlmError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # pickle.UnpicklingError: something else than tensors is in there
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise VlmError(f"{file}: holds other things than tensors, which are not loaded") from error
+
+
+def _part_of(tensors: Iterator[tuple[str, Tensor]], part: Part, where: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for key, tensor in tensors:
+        owner, name = _place(key)
+        if owner is None and not _BUFFERS.fullmatch(key):
+            unknown.append(key)
+        if owner == part and not _BUFFERS.fullmatch(key):
+            state[name] = tensor
+    if unknown:
+        raise VlmError(f"{where}: keys that no LLaVA has: {', '.join(sorted(unknown)[:5])}")
+    return state
+
+
+def _place(key: str) -> tuple[Part | None, str]:
+    for pattern, part, name in _KEYS:
+        if match := re.fullmatch(pattern, key.removeprefix("base_model.model.")):
+            return part, match.expand(name)
+    return None, key
+
+
+def _merge_adapters(state: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], reference: str) -> None:
+    """Add B A alpha / rank to each weight that has adapters (Hu et al. 2021, section 4.1), in fp32."""
+    path = _file(reference, "adapter_config.json")
+    config = json.loads(path.read_text()) if path else {}
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+        if config.get(key):
+            raise VlmError(f"{reference}: adapter_config.json: {key} is not supported")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors:
+        match = _ADAPTER.fullmatch(key)
+        if match is None or f"{match['layer']}.weight" not in state:
+            raise VlmError(f"{reference}: the language model has no place for the adapter {key}")
+        pairs.setdefault(match["layer"], {})[match["side"]] = tensor.float()
+    rank = float(config["r"])
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    for layer, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            raise VlmError(f"{reference}: the adapter of {layer} lacks one of its two matrices")
+        weight = state[f"{layer}.weight"]
+        state[f"{layer}.weight"] = (weight.float() + scale * pair["B"] @ pair["A"]).to(weight.dtype)
+
+
+def read_projector(folder: Path) -> dict[str, Tensor] | None:
+    """The projector in a LLaVA folder, or in the file `mm_projector.bin` itself; None if there is none.
+
+    By logical name: `bridge.layers.0.weight`.
+    """
+    if folder.is_file():
+        tensors = _read(folder)
+    elif name := next((n for n in (*_PROJECTOR, *_BESIDE_ADAPTERS, *_MERGED) if (folder / n).is_file()), None):
+        tensors = _tensors(str(folder), (name,))
+    else:
+        return None
+    return {f"bridge.{key}": tensor for key, tensor in _part_of(tensors, "bridge", str(folder)).items()} or None
