@@ -8,10 +8,13 @@ import torch
 from lavis_bundles import Bundle, bundles
 from torch import Tensor
 
-from vlm.bridges.qformer import QFormer
+from vlm.bridges.qformer import ImageKeysValues, QFormer, QueryStates
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_keys import from_lavis, to_lavis
 from vlm.errors import VlmError
+from vlm.objectives.itm import draw_negatives, itm_loss
+from vlm.objectives.lm import cross_entropy_sum
+from vlm.objectives.query_itc import query_itc_loss, query_similarity
 
 STATES = 1e-4  # hidden states and logits
 
@@ -103,3 +106,91 @@ def test_texts_behind_the_queries(bundle: Bundle, parts: tuple[QFormer, QFormerH
     width = texts.ids.shape[1]
     close(states, want["lm_hidden"][:, :width][texts.mask])
     close(heads.words(states, bridge.embeddings.words.weight), want["lm_logits"][:, :width][texts.mask])
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+LOSSES, GRADIENTS = 5e-6, 1e-3
+
+
+def pairs_of(
+    bundle: Bundle, bridge: QFormer, heads: QFormerHeads
+) -> tuple[Tensor, Tensor, QueryStates, ImageKeysValues]:
+    image = bridge.image(bundle.inputs["image_tokens"])
+    queries = bridge.queries(image)
+    first = bridge.first_text_state(bundle.texts)
+    return heads.embed_queries(queries.states), heads.embed_text(first), queries, image
+
+
+def losses_of(bundle: Bundle, bridge: QFormer, heads: QFormerHeads) -> dict[str, Tensor]:
+    """The three losses with the bundle's negatives."""
+    assert bridge.embeddings is not None
+    points, texts, queries, image = pairs_of(bundle, bridge, heads)
+    size, smoothing = len(texts), bundle.config["label_smoothing"]
+    itc = query_itc_loss(points, texts, 1 / heads.temperature, smoothing=smoothing) / size
+    wrong_images, wrong_texts = (bundle.inputs[f"neg_{kind}_idx"].tolist() for kind in ("image", "text"))
+    right = heads.match_logits(bridge.joint(image, bundle.texts))
+    wrong = [
+        heads.match_logits(bridge.joint(image.select(wrong_images), bundle.texts)),
+        heads.match_logits(bridge.joint(image, bundle.texts.select(wrong_texts))),
+    ]
+    itm = itm_loss(right, torch.cat(wrong))[0] / (3 * size)
+    said, labels = bundle.texts.with_first(bundle.config["token_ids"]["dec_bos"]), bundle.texts.next_tokens()
+    words = bridge.embeddings.words.weight
+    states = bridge.causal(queries, said.without_last())
+    lm = cross_entropy_sum(states, labels, lambda s: heads.words(s, words), smoothing=smoothing)[0] / len(labels)
+    return {"loss": itc + itm + lm, "loss_itc": itc, "loss_itm": itm, "loss_lm": lm}
+
+
+def test_similarities_and_what_negatives_are_drawn_from(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> None:
+    """The weights of the repository's head: positives masked before the softmax, with and without picture ids."""
+    points, texts, _, _ = pairs_of(bundle, *parts)
+    want = bundle.expected
+    logits = query_similarity(points, texts) / parts[1].temperature
+    close(logits, want["sim_i2t"])
+    close(logits.T, want["sim_t2i"])
+    ids = bundle.inputs["image_ids"].flatten()
+    alone, shared = torch.eye(len(ids), dtype=torch.bool), ids[:, None] == ids
+    for name, rows, belong in (
+        ("neg_weights_i2t_head", logits, alone),
+        ("neg_weights_t2i_head", logits.T, alone),
+        ("head_neg_weights_i2t_with_image_id", logits, shared),
+        ("head_neg_weights_t2i_with_image_id", logits.T, shared),
+    ):
+        # Inverting the distribution at evenly spread numbers draws each candidate as often as its weight says.
+        steps = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        for row in range(len(ids)):
+            drawn = draw_negatives(rows[[row]].expand(1000, -1), belong[[row]].expand(1000, -1), steps)
+            close(drawn.bincount(minlength=len(ids)) / 1000, want[name][row], 2e-3)
+
+
+def test_losses_and_gradients(bundle: Bundle) -> None:
+    """ITC, ITM, LM and their sum, and every gradient of ordinary autograd (`grad_full`)."""
+    bridge, heads = bundle.qformer()
+    losses = losses_of(bundle, bridge, heads)
+    for name, loss in losses.items():
+        assert loss.item() == pytest.approx(bundle.expected_json[name], abs=LOSSES), name
+    losses["loss"].backward()
+    named = {f"bridge.{n}": p.grad for n, p in bridge.named_parameters()}
+    named |= {f"heads.{n}": p.grad for n, p in heads.named_parameters()}
+    assert not [name for name, gradient in named.items() if gradient is None]
+    found = to_lavis({name: gradient for name, gradient in named.items() if gradient is not None})
+    compared = 0
+    for key, wanted in bundle.expected.items():
+        if key.startswith("grad_full/"):
+            gradient = found[key.removeprefix("grad_full/")]
+            assert (gradient - wanted).norm() <= GRADIENTS * wanted.norm(), key
+            compared += 1
+    for key, norm in bundle.expected_json["grad_norms_full"].items():
+        if not key.endswith(".key.bias"):  # zero up to rounding
+            assert found[key].norm().item() == pytest.approx(norm, rel=GRADIENTS), key
+            compared += 1
+    assert compared > 50
+
+
+def test_contrast_that_knows_which_pictures_are_the_same(bundle: Bundle) -> None:
+    bridge, heads = bundle.qformer()
+    points, texts, _, _ = pairs_of(bundle, bridge, heads)
+    ids = bundle.inputs["image_ids"].flatten()
+    loss = query_itc_loss(points, texts, 1 / heads.temperature, ids, bundle.config["label_smoothing"]) / len(texts)
+    assert loss.item() == pytest.approx(bundle.expected_json["head_loss_itc_with_image_id"], abs=LOSSES)

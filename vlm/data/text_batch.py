@@ -70,6 +70,10 @@ class TextBatch:
         """The same texts, each of at least two tokens, without its last token."""
         return TextBatch(self.ids[:, :-1], tuple(length - 1 for length in self.lengths))
 
+    def next_tokens(self) -> Tensor:
+        """The token behind each of those that `without_last` leaves, packed [N]."""
+        return self.without_last().pack(self.ids[:, 1:])
+
     @property
     def padded(self) -> bool:
         """Whether any text is shorter than the longest."""

@@ -24,27 +24,35 @@ def lm_loss(model: Any, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
 
 
 def cross_entropy_sum(
-    states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = CHUNK
+    states: Tensor,
+    targets: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    chunk: int = CHUNK,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropy of states [n,D] against targets [n], and the number of right predictions.
 
     The vocabulary projection and the loss run in chunks that are recomputed in the backward pass, so that at most
-    [chunk, V] logits exist at a time. In fp32 whatever the states' type.
+    [chunk, V] logits exist at a time. In fp32 whatever the states' type. smoothing: share of the target that is spread
+    over the vocabulary.
     """
     loss, correct = states.new_zeros((), dtype=torch.float32), targets.new_zeros(())
     pieces = list(zip(states.split(chunk), targets.split(chunk)))
     for piece, target in pieces:
         if len(pieces) > 1 and torch.is_grad_enabled():
-            part, right = checkpoint(_chunk, piece, target, logits, use_reentrant=False)
+            part, right = checkpoint(_chunk, piece, target, logits, smoothing, use_reentrant=False)
         else:
-            part, right = _chunk(piece, target, logits)
+            part, right = _chunk(piece, target, logits, smoothing)
         loss, correct = loss + part, correct + right
     return loss, correct
 
 
-def _chunk(states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _chunk(
+    states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], smoothing: float
+) -> tuple[Tensor, Tensor]:
     scores = logits(states).float()  # [n, V]
-    return F.cross_entropy(scores, targets, reduction="sum"), (scores.argmax(-1) == targets).sum().detach()
+    loss = F.cross_entropy(scores, targets, reduction="sum", label_smoothing=smoothing)
+    return loss, (scores.argmax(-1) == targets).sum().detach()
 
 
 def token_log_probs(states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = CHUNK) -> Tensor:
