@@ -11,7 +11,7 @@ from vlm.backbones.starter import package_file
 from vlm.data.formats import FORMATS, read_records
 from vlm.data.parsing import BrokenRecord
 from vlm.data.records import Record
-from vlm.data.webdataset_shards import expand_braces, has_braces
+from vlm.data.webdataset_shards import expand_braces, has_braces, shards_of
 from vlm.errors import VlmError, did_you_mean
 from vlm.paths import cache_dir, data_dir, find_yaml, read_yaml, yaml_names
 from vlm.schema import Strict, validate
@@ -147,6 +147,33 @@ def load_dataset(
     pictures, in place of the data set's own. questions: the file of questions, where `name` holds the answers alone.
     Raises VlmError for a missing file, an unknown split or format, no records, or a data set that is not prepared.
     """
+    place = _place(name, split, format, images, questions)
+    records, broken = read_records(place.format, place.path, split, place.images, limit, place.questions)
+    if not records:
+        first = f"; {len(broken)} malformed, the first: {broken[0].where}: {broken[0].reason}" if broken else ""
+        raise VlmError(f"data set {place.name!r}, split {split!r}: no records in {place.path}{first}")
+    return Dataset(place.name, split, records, broken, place.licence)
+
+
+def find_shards(name: str, split: str, format: str | None = None, images: str | None = None) -> list[Path] | None:
+    """The shards of a split, named as for `load_dataset`; None if its format is another than `webdataset`."""
+    place = _place(name, split, format, images, None)
+    return shards_of(place.path, split) if place.format == "webdataset" else None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a split lies and how it is read."""
+
+    name: str
+    licence: str
+    format: str
+    path: Path
+    images: Path | None
+    questions: Path | None
+
+
+def _place(name: str, split: str, format: str | None, images: str | None, questions: str | None) -> _Place:
     folder = Path(images).expanduser() if images else None
     asked = Path(questions).expanduser() if questions else None
     is_yaml = name in yaml_names("datasets") or Path(name).suffix in (".yaml", ".yml")
@@ -163,11 +190,7 @@ def load_dataset(
         raise VlmError(f"{name}: say how to read it: give `format`, one of {', '.join(FORMATS)}")
     else:
         path, licence = Path(name).expanduser(), "not stated"
-    records, broken = read_records(format, path, split, folder, limit, asked)
-    if not records:
-        first = f"; {len(broken)} malformed, the first: {broken[0].where}: {broken[0].reason}" if broken else ""
-        raise VlmError(f"data set {name!r}, split {split!r}: no records in {path}{first}")
-    return Dataset(name, split, records, broken, licence)
+    return _Place(name, licence, format, path, folder, asked)
 
 
 def locate(spec: DatasetSpec, file: Path, place: str) -> Path:

@@ -7,9 +7,11 @@ over versions (its `permutation` it does not).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from vlm.data.shard_order import ShardOrder
 from vlm.errors import VlmError
 
 CYCLE = 1 << 16  # places in a cycle of a weighted mixture: weights are rounded to multiples of 1 / CYCLE
@@ -22,6 +24,9 @@ class MixtureOrder:
     """The training order of samples from several sources.
 
     sizes: samples of each source. weights: relative sampling weights, > 0.
+    shards: for each source None, or the samples of each of its shards: such a source is shuffled by shards and within a
+    `buffer` (`vlm.data.shard_order`), since it is too large to be shuffled as a whole; it alternates with the others by
+    weight, or else by size.
     Without weights (or with weights proportional to the sizes) each epoch holds every sample exactly once, in its own
     order. With weights, sources alternate in the given proportions (any stretch of the order is off by a few samples
     at most), and each source is walked through in permutations of its own, every sample once before any comes again.
@@ -31,23 +36,31 @@ class MixtureOrder:
     sizes: Sequence[int]
     weights: Sequence[float] | None = None
     seed: int = 0
+    shards: Sequence[Sequence[int] | None] = ()
+    buffer: int = 1
     _quotas: np.ndarray | None = field(init=False, repr=False, default=None)  # [S] places of a cycle; None: no weights
+    _by_shards: dict[int, ShardOrder] = field(init=False, repr=False, default_factory=dict)
     _permutations: dict[int, tuple[int, np.ndarray]] = field(init=False, repr=False, default_factory=dict)
     _cycle: tuple[int, np.ndarray, np.ndarray] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         if not self.sizes or min(self.sizes) < 1:
             raise VlmError(f"data mixture: every source needs at least one sample, sizes are {list(self.sizes)}")
-        if self.weights is None:
+        for source, sizes in enumerate(self.shards):
+            if sizes is not None:
+                self._by_shards[source] = ShardOrder(sizes, self.buffer, partial(self._of_source, source))
+        if self.weights is None and not self._by_shards:
             return
-        weights = np.asarray(self.weights, dtype=np.float64)
+        weights = np.asarray(self.sizes if self.weights is None else self.weights, dtype=np.float64)
         if weights.shape != (len(self.sizes),):
-            raise VlmError(f"data mixture: {len(self.sizes)} sources need as many weights, got {list(self.weights)}")
+            raise VlmError(f"data mixture: {len(self.sizes)} sources need as many weights, got {weights.tolist()}")
         if not np.isfinite(weights).all() or weights.min() <= 0:
-            raise VlmError(f"data mixture: weights must be finite and above 0, got {list(self.weights)}")
+            raise VlmError(f"data mixture: weights must be finite and above 0, got {weights.tolist()}")
         if len(weights) > CYCLE:
             raise VlmError(f"data mixture: at most {CYCLE} weighted sources, got {len(weights)}")
-        if not np.allclose(weights / weights.sum(), np.asarray(self.sizes) / self.epoch_size, rtol=1e-9, atol=0):
+        if self._by_shards or not np.allclose(
+            weights / weights.sum(), np.asarray(self.sizes) / self.epoch_size, rtol=1e-9, atol=0
+        ):
             self._quotas = _quotas(weights)
 
     @property
@@ -86,7 +99,10 @@ class MixtureOrder:
         indices = np.empty_like(positions)
         for source in np.unique(sources):
             here = sources == source
-            indices[here] = self._shuffled(_SOURCE + int(source), self.sizes[source], occurrences[here])
+            if (by_shards := self._by_shards.get(int(source))) is not None:
+                indices[here] = by_shards.at(occurrences[here])
+            else:
+                indices[here] = self._shuffled(_SOURCE + int(source), self.sizes[source], occurrences[here])
         return sources, indices
 
     def _cycle_at(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +130,12 @@ class MixtureOrder:
             result[here] = kept[1][places[here]]
         return result
 
-    def _random(self, stream: int, epoch: int, size: int) -> np.ndarray:
+    def _of_source(self, source: int, epoch: int, part: int, size: int) -> np.ndarray:
+        return self._random(_SOURCE + source, epoch, size, part)
+
+    def _random(self, stream: int, epoch: int, size: int, *part: int) -> np.ndarray:
         """`size` random 64-bit numbers."""
-        sequence = np.random.SeedSequence(self.seed % 2**64, spawn_key=(stream, epoch))
+        sequence = np.random.SeedSequence(self.seed % 2**64, spawn_key=(stream, epoch, *part))
         return np.random.PCG64(sequence).random_raw(size)
 
 

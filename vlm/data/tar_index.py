@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlm.paths import cache_dir
 
 _FORMAT = 1  # of the kept index; another number makes all of them anew
 _BLOCK = 512
+_ONE_AT_A_TIME = threading.Lock()  # threads that ask for the same index wait for the one that makes it
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def tar_index(path: Path) -> TarIndex:
         stat = path.stat()
     except OSError as error:
         raise VlmError(f"{path}: the archive cannot be read: {error.strerror or error}") from error
-    return _index(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+    with _ONE_AT_A_TIME:
+        return _index(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
 
 
 def read_member(path: Path, name: str) -> bytes:
@@ -57,7 +60,7 @@ def read_member(path: Path, name: str) -> bytes:
     return content
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _index(path: str, size: int, changed: int) -> TarIndex:
     key = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:32]
     kept = cache_dir() / "shards" / "index" / f"{key}.json"

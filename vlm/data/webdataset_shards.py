@@ -230,7 +230,7 @@ def read_webdataset(path: Path, split: str, images: Path | None) -> Iterator[Ent
     """The records of shards: a .tar file, a pattern of them, or a folder (those in SPLIT/, or named SPLIT*, or all)."""
     if images is not None:
         raise VlmError("pictures of the format webdataset lie in the shards; leave `images` out")
-    for shard in _shards_of(path, split):
+    for shard in shards_of(path, split):
         samples, broken = shard_samples(shard)
         yield from broken
         for sample in samples:
@@ -240,7 +240,8 @@ def read_webdataset(path: Path, split: str, images: Path | None) -> Iterator[Ent
                 yield BrokenRecord(f"{shard}: {sample.key}", str(error))
 
 
-def _shards_of(path: Path, split: str) -> list[Path]:
+def shards_of(path: Path, split: str) -> list[Path]:
+    """The shards that a path stands for: see `read_webdataset`. Raises VlmError if there are none."""
     if not path.is_dir():
         return expand_shards(path)
     everything = sorted(path.glob("*.tar"))

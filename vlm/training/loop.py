@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlm.data.samples import Sample
+from vlm.data.sharded_samples import Unread
 from vlm.devices import pick_device, pick_precision
 from vlm.errors import VlmError
 from vlm.models.build import build_model, read_weights, save_model_folder
@@ -159,11 +160,11 @@ class Trainer:
             self.report.say(f"stopped at step {self.step} of {self.steps}; go on with --resume")
         return TrainResult(self.folder.path, self.step, metrics, finished)
 
-    def _samples(self, step: int) -> list[Sample]:
+    def _samples(self, step: int) -> list[Sample | Unread]:
         """The global batch of a step, none behind the last."""
         return self.source.batch(step, self.recipe.train.batch_size) if step < self.steps else []
 
-    def train_step(self, samples: list[Sample], upcoming: Sequence[Sample] = ()) -> dict[str, float]:
+    def train_step(self, samples: list[Sample | Unread], upcoming: Sequence[Sample | Unread] = ()) -> dict[str, float]:
         """One optimiser step on a global batch; returns its losses, or {} if the step was skipped.
 
         upcoming: the next batch, which workers prepare meanwhile.
@@ -210,7 +211,7 @@ class Trainer:
         names[:] = known
         return total
 
-    def _apply(self, losses: dict[str, float], samples: list[Sample]) -> bool:
+    def _apply(self, losses: dict[str, float], samples: list[Sample | Unread]) -> bool:
         """Clip and step; a loss or gradient that is not finite skips the step."""
         scaler = self.accelerator.scaler  # fp16 alone has one
         if scaler is not None:
@@ -229,7 +230,7 @@ class Trainer:
             self._note_bad_step(losses["loss"], samples)
         return finite
 
-    def _note_bad_step(self, loss: float, samples: list[Sample]) -> None:
+    def _note_bad_step(self, loss: float, samples: list[Sample | Unread]) -> None:
         self.bad_steps += 1
         entry = {"step": self.step + 1, "loss": str(loss), "skipped": True, "samples": [s.id for s in samples]}
         if self.rank == 0:
