@@ -35,9 +35,9 @@ def load_model(
         raise VlmError(f"{path}: this run has not written its model yet; go on with `vlm-train RECIPE --resume`")
     text = str(name)
     if text.startswith("open_clip:"):
-        from vlm.models.published_dual_encoder import build_published_dual_encoder
+        from vlm.models.published_dual_encoder import load_open_clip
 
-        return build_published_dual_encoder(text, device, _precision(dtype))
+        return load_open_clip(text.removeprefix("open_clip:"), device, _precision(dtype))
     if (path / "config.json").is_file() or (HUB_ID.fullmatch(text) and not path.exists()):
         from vlm.models.published import load_published
 

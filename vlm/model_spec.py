@@ -92,7 +92,10 @@ class DualTowerSpec(Strict):
     image_projection, text_projection: `linear`, `mlp` (two layers with GELU), or `none` where the pooled embedding is
     in the joint space already (CLIP's towers).
     width: of the joint space; by default that of the side without projection, else 512.
-    logits: `softmax` (CLIP: scale starts at 1/.07) or `sigmoid` (SigLIP: scale 10, bias -10).
+    logits: `softmax` (CLIP) or `sigmoid` (SigLIP).
+    logit_scale: where the factor on the cosine starts: a number, or `published` for that of the checkpoint both
+    encoders come from; by default 1/.07 (softmax) or 10 (sigmoid).
+    logit_bias: where a sigmoid's bias starts, by default -10; with `logit_scale: published` the checkpoint's.
     """
 
     width: int | None = Field(default=None, ge=1)
@@ -101,6 +104,14 @@ class DualTowerSpec(Strict):
     image_projection: TowerProjection = "linear"
     text_projection: TowerProjection = "linear"
     logits: Literal["softmax", "sigmoid"] = "softmax"
+    logit_scale: Annotated[float, Field(gt=0)] | Literal["published"] | None = None
+    logit_bias: float | None = None
+
+    @model_validator(mode="after")
+    def _bias_goes_with_sigmoid(self) -> "DualTowerSpec":
+        if self.logit_bias is not None and (self.logits == "softmax" or self.logit_scale == "published"):
+            raise ValueError("`logit_bias` goes with `logits: sigmoid` and a `logit_scale` that is not `published`")
+        return self
 
 
 class QFormerBridgeSpec(Strict):

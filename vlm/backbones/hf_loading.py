@@ -4,9 +4,12 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm.errors import VlmError
+
+if TYPE_CHECKING:
+    import torch
 
 # Keys that carry no weights: buffers older versions saved.
 BUFFERS = (r"(.*\.)?position_ids", r"(.*\.)?num_batches_tracked")
@@ -81,3 +84,46 @@ def _listed(keys: set[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Where a checkpoint of transformers keeps its tensors, as it looks for them itself.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read_scalars(reference: str, keys: Iterable[str]) -> dict[str, float]:
+    """Single numbers of a checkpoint on the hub or in a folder. Raises VlmError that names a missing one."""
+    from transformers.utils import cached_file
+
+    def find(file: str) -> Path | None:
+        found = cached_file(
+            reference,
+            file,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
+    weights = next((path for file in _WEIGHTS if (path := find(file)) is not None), None)
+    values = {}
+    for key in keys:
+        file = weights
+        if file is not None and file.suffix == ".json":
+            shard = json.loads(file.read_text(encoding="utf-8"))["weight_map"].get(key)
+            file = find(shard) if shard else None
+        tensor = None if file is None else _tensor(file, key)
+        if tensor is None or tensor.numel() != 1:
+            raise VlmError(f"hf:{reference}: the checkpoint lacks the key {key}")
+        values[key] = float(tensor)
+    return values
+
+
+def _tensor(path: Path, key: str) -> "torch.Tensor | None":
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key) if key in set(file.keys()) else None
+    import torch
+
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(key)
+    return found if isinstance(found, torch.Tensor) else None

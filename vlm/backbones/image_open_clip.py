@@ -1,10 +1,13 @@
 """Image encoders from open_clip: the visual tower of a dual encoder."""
 
 import logging
+import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from vlm.backbones.image_encoder import Tower
@@ -63,16 +66,14 @@ def create_open_clip(reference: str, **options: Any) -> Any:
     """The open_clip model `ARCH/TAG`, `ARCH/FILE`, or `ARCH` with random weights. Raises VlmError on unknown names.
 
     A tag's QuickGELU is honoured whatever the architecture's name says; open_clip only warns and computes
-    something else.
+    something else. A file says nothing of its preprocessing: what most of the architecture's tags have is taken.
     """
     import open_clip
 
-    arch, _, tag = reference.partition("/")
-    if arch not in open_clip.list_models():
-        raise VlmError(f"open_clip has no architecture {arch!r}{did_you_mean(arch, open_clip.list_models())}")
+    arch, tag = check_arch(reference)
     file = Path(tag).expanduser()
+    tags = open_clip.list_pretrained_tags_by_model(arch)
     if tag and not file.is_file():
-        tags = open_clip.list_pretrained_tags_by_model(arch)
         known = open_clip.get_pretrained_cfg(arch, tag)
         if not known:
             raise VlmError(f"open_clip has no weights {tag!r} for {arch}, nor is it a file{did_you_mean(tag, tags)}")
@@ -83,21 +84,48 @@ def create_open_clip(reference: str, **options: Any) -> Any:
                 f"use open_clip:{arch.removesuffix('-quickgelu')}/{tag}"
             )
         options["force_quick_gelu"] = wanted
+    else:
+        options["force_preprocess_cfg"] = _usual_preprocessing([open_clip.get_pretrained_cfg(arch, t) for t in tags])
     pretrained = (str(file) if file.is_file() else tag) if tag else None
     disabled = logging.root.manager.disable
     if not tag:
         logging.disable(logging.WARNING)  # it warns about random weights even where they are asked for
     try:
-        return open_clip.create_model(arch, pretrained=pretrained, pretrained_image=False, **options)
-    except (OSError, RuntimeError) as error:
+        model = open_clip.create_model(arch, pretrained=pretrained, pretrained_image=False, **options)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise VlmError(f"open_clip:{reference}: {' '.join(str(error).split())[:500]}") from error
     finally:
         logging.disable(disabled)
+    if tag and getattr(model, "logit_bias", None) is not None and not model.logit_bias.any():
+        # open_clip makes up a bias of zero.
+        raise VlmError(f"open_clip:{reference}: the weights lack the key logit_bias, so they are not of {arch}")
+    return model
+
+
+def check_arch(reference: str) -> tuple[str, str]:
+    """Architecture and tag of `ARCH/TAG`. Raises VlmError for an architecture open_clip does not know."""
+    import open_clip
+
+    arch, _, tag = reference.partition("/")
+    if arch not in open_clip.list_models():
+        raise VlmError(f"open_clip has no architecture {arch!r}{did_you_mean(arch, open_clip.list_models())}")
+    return arch, tag
+
+
+def _usual_preprocessing(known: list[dict[str, Any]]) -> dict[str, Any]:
+    """What most of an architecture's published weights expect of a picture; {} where none are published."""
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    kinds = Counter(tuple(config[key] for key in keys) for config in known)
+    return dict(zip(keys, kinds.most_common(1)[0][0], strict=True)) if kinds else {}
 
 
 def build_open_clip(reference: str, layer: int, image_size: int | None) -> tuple[Tower, ImageTransform]:
     """The visual tower of `ARCH/TAG`, with its projection as part of the pooled embedding."""
-    model = create_open_clip(reference, force_image_size=image_size)
+    return open_clip_image(create_open_clip(reference, force_image_size=image_size), reference, layer)
+
+
+def open_clip_image(model: Any, reference: str, layer: int) -> tuple[Tower, ImageTransform]:
+    """The visual tower of an open_clip model, and its transform."""
     return visual_tower(model.visual, layer, reference), open_clip_transform(model, reference)
 
 

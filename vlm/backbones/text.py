@@ -40,6 +40,7 @@ class TextEncoder(nn.Module):
     """A text model behind one protocol; frozen when built (no gradient, eval mode).
 
     name: the part's name. width: D. pooled_width: P. context_length: tokens a text may have, special ones included.
+    has_cls: whether the first token stands for the whole text, as in BERT.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class TextEncoder(nn.Module):
         tower: TextTower,
         tokenizer: Tokenize,
         context_length: int,
+        has_cls: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
+        self.has_cls = has_cls
         self.tower = tower
         self.context_length = context_length
         self._tokenizer = tokenizer
@@ -161,7 +164,8 @@ def build_text_encoder(name: str) -> TextEncoder:
     """
     part = parse_part_name(name, ("hf", "open_clip", "starter"))
     if part.source == "open_clip":
-        return _build_open_clip(name, part.reference)
+        model = create_open_clip(part.reference, force_custom_text=True, pretrained_text=False)
+        return open_clip_text(model, part.reference)
     if part.source == "starter":
         if part.reference not in STARTER_TEXT:
             raise VlmError(f"no starter text encoder {part.reference!r}{did_you_mean(part.reference, STARTER_TEXT)}")
@@ -186,7 +190,8 @@ def _build_hf(name: str, reference: str) -> TextEncoder:
         options: dict[str, Any] = {} if kind == "distilbert" else {"add_pooling_layer": False}
         model, _ = load_strictly(getattr(transformers, _BIDIRECTIONAL[kind]), reference, _HEADS, **options)
         tower = HfTextTower(model, _sentence_pooling(reference))
-    return TextEncoder(name, tower, *hf_tokenizer(reference, kind, model.config.max_position_embeddings))
+    tokenize, context = hf_tokenizer(reference, kind, model.config.max_position_embeddings)
+    return TextEncoder(name, tower, tokenize, context, has_cls=kind not in _DUAL)
 
 
 def hf_tokenizer(reference: str, kind: str, max_positions: int) -> tuple[Tokenize, int]:
@@ -245,9 +250,10 @@ def _sentence_pooling(reference: str) -> Pooling:
     return known[modes.pop()]
 
 
-def _build_open_clip(name: str, reference: str) -> TextEncoder:
-    text = create_open_clip(reference, force_custom_text=True, pretrained_text=False).text
-    return TextEncoder(name, OpenClipTextTower(text), *open_clip_tokenizer(reference, text))
+def open_clip_text(model: Any, reference: str) -> TextEncoder:
+    """The text encoder of an open_clip model `ARCH/TAG` made with `force_custom_text`."""
+    tokenize, context = open_clip_tokenizer(reference, model.text)
+    return TextEncoder(f"open_clip:{reference}", OpenClipTextTower(model.text), tokenize, context)
 
 
 def open_clip_tokenizer(reference: str, text: Any) -> tuple[Tokenize, int]:

@@ -55,10 +55,8 @@ class TowerHead(nn.Module):
                 f"bridge.{side}_pool: pooled: this encoder has no embedding of its own; set it to mean or attention"
             )
         if pool == "cls" and not has_cls:
-            raise VlmError(
-                f"bridge.{side}_pool: cls: there is no such token; set {side}_encoder.drop_cls: false if the encoder "
-                f"has one, else {side}_pool: mean"
-            )
+            keep = "set image_encoder.drop_cls: false if the encoder has one, else " if side == "image" else "set "
+            raise VlmError(f"bridge.{side}_pool: cls: there is no such token; {keep}{side}_pool: mean")
         incoming = pooled_width if pool == "pooled" and pooled_width is not None else width
         self.kind = pool
         self.width_in = incoming
@@ -111,8 +109,9 @@ def _projection(kind: TowerProjection, width_in: int, width_out: int) -> nn.Modu
 class DualTower(nn.Module):
     """Both heads and the logit scale (Radford et al. 2021; bias: Zhai et al. 2023).
 
-    image_width, text_width: (D of tokens, P of the encoder's own embedding or None). image_cls: whether the image
-    tokens start with a CLS token. logit_scale: the logarithm of the factor on the cosine. width: E of the joint space.
+    image_width, text_width: (D of tokens, P of the encoder's own embedding or None).
+    image_cls, text_cls: whether the first token stands for the whole.
+    logit_scale: the logarithm of the factor on the cosine. width: E of the joint space.
     """
 
     def __init__(
@@ -121,6 +120,7 @@ class DualTower(nn.Module):
         image_width: tuple[int, int | None],
         text_width: tuple[int, int | None],
         image_cls: bool,
+        text_cls: bool = True,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -132,11 +132,14 @@ class DualTower(nn.Module):
             if projection == "none":
                 joint = joint or (pooled if pool == "pooled" else tokens)
         self.image = TowerHead("image", spec.image_pool, spec.image_projection, *image_width, image_cls, joint)
-        self.text = TowerHead("text", spec.text_pool, spec.text_projection, *text_width, True, joint)
+        self.text = TowerHead("text", spec.text_pool, spec.text_projection, *text_width, text_cls, joint)
         self.width = self.image.width
         sigmoid = spec.logits == "sigmoid"
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(10) if sigmoid else math.log(1 / 0.07)))
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
+        scale = 10.0 if sigmoid else 1 / 0.07  # `published` is filled in by `start_logits`
+        scale = spec.logit_scale if isinstance(spec.logit_scale, float) else scale
+        bias = -10.0 if spec.logit_bias is None else spec.logit_bias
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(bias)) if sigmoid else None
 
     @property
     def scale(self) -> Tensor:
@@ -152,6 +155,19 @@ class DualTower(nn.Module):
         """Probabilities [M,N]: over the texts of an image (softmax), or of each pair by itself (sigmoid)."""
         scores = self.logits(image, text)
         return scores.softmax(-1) if self.logit_bias is None else scores.sigmoid()
+
+    @torch.no_grad()
+    def start_logits(self, log_scale: float, bias: float | None) -> None:
+        """Start from a checkpoint's logarithm of the scale, and its bias.
+
+        Raises VlmError if one of us has a bias and the other has not.
+        """
+        if (bias is None) != (self.logit_bias is None):
+            fitting = "softmax" if bias is None else "sigmoid"
+            raise VlmError(f"bridge.logits: {self.spec.logits}: the published model has {fitting} logits")
+        self.logit_scale.fill_(log_scale)
+        if self.logit_bias is not None and bias is not None:
+            self.logit_bias.fill_(bias)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:

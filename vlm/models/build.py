@@ -12,7 +12,7 @@ from torch import nn
 
 from vlm.backbones.image import ImageEncoder, build_image_encoder
 from vlm.backbones.language import build_language_model
-from vlm.backbones.text import build_text_encoder
+from vlm.backbones.pair import build_pair
 from vlm.bridges.dual_tower import DualTower
 from vlm.bridges.projection import Projection
 from vlm.devices import pick_device, pick_precision, storage_dtype
@@ -72,16 +72,21 @@ def _generative(spec: GenerativeSpec, precision: str) -> GenerativeModel:
 
 
 def _dual_encoder(spec: DualEncoderSpec, precision: str) -> DualEncoder:
-    image_encoder = _image_encoder(spec.image_encoder, precision)
-    text_encoder = build_text_encoder(spec.text_encoder.name)
+    pair = build_pair(spec.image_encoder, spec.text_encoder.name)
     bridge = DualTower(
         spec.bridge,
-        (image_encoder.width, image_encoder.pooled_width),
-        (text_encoder.width, text_encoder.pooled_width),
-        image_encoder.num_prefix_tokens > 0,
+        (pair.image.width, pair.image.pooled_width),
+        (pair.text.width, pair.text.pooled_width),
+        pair.image.num_prefix_tokens > 0,
+        pair.text.has_cls,
     )
-    text_encoder.to(storage_dtype(_first(spec.text_encoder.precision, precision)))
-    return DualEncoder(spec, image_encoder, text_encoder, bridge)
+    if spec.bridge.logit_scale == "published":
+        if pair.logits is None:
+            raise VlmError("bridge.logit_scale: published: both encoders must come from one published dual encoder")
+        bridge.start_logits(*pair.logits)
+    pair.image.to(storage_dtype(_first(spec.image_encoder.precision, precision)))
+    pair.text.to(storage_dtype(_first(spec.text_encoder.precision, precision)))
+    return DualEncoder(spec, pair.image, pair.text, bridge)
 
 
 # `type` of a specification -> its builder: (specification, precision of frozen weights) -> model on the CPU.
