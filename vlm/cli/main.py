@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from vlm.cli.cache import app as cache_app
+from vlm.cli.chat import chat
 from vlm.cli.data import AsJson
 from vlm.cli.data import app as data_app
 from vlm.cli.errors import one_line_errors
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 app.command()(export)
+app.command()(chat)
 
 
 def _show_version(wanted: bool) -> None:

@@ -310,6 +310,11 @@ class GenerativeModel(TaskModel):
     def _generate(self, prompts: list[Prompt], generation: dict[str, Any]) -> list[str]:
         return generate_texts(self, prompts, **{**self._stops, **generation})
 
+    @property
+    def answer_stops(self) -> list[str]:
+        """Texts that end an answer, where the template has no end token."""
+        return list(self._stops.get("stop_strings", []))
+
     @cached_property
     def _stops(self) -> dict[str, Any]:
         """What ends an answer: the end token that the template trains, or the text (plain: a line break)."""
