@@ -106,7 +106,7 @@ def _streamer(model: Any) -> Any:
 
     ends = model.answer_stops
 
-    class Printer(TextStreamer):  # type: ignore[misc]
+    class Printer(TextStreamer):
         held = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
