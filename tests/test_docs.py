@@ -254,33 +254,38 @@ def default_of(field: Any) -> str:
     return f"`{text.removesuffix(chr(10)).removesuffix('...').strip()}`"
 
 
-def sections(schema: type[Strict], path: str) -> Iterator[tuple[str, type[Strict]]]:
-    """Every schema reachable from one, with the dotted path of its keys."""
-    yield path, schema
+def sections(schema: type[Strict], path: str, family: str = "") -> Iterator[tuple[str, str, type[Strict]]]:
+    """Every schema reachable from one: the dotted path of its keys, the model family it belongs to, and itself."""
+    yield path, family, schema
     for name, field in schema.model_fields.items():
         inner = [field.annotation]
         while inner:
             kind = inner.pop()
             inner += get_args(kind)
             if isinstance(kind, type) and issubclass(kind, Strict):
-                yield from sections(kind, f"{path}.{name}".removeprefix(f"{ROOTS.get(path, '')}."))
+                own = kind.model_fields["type"].default if name == "model" else family
+                yield from sections(kind, f"{path}.{name}".removeprefix(f"{ROOTS.get(path, '')}."), own)
 
 
 ROOTS = {"Recipe": "Recipe", "Benchmark": "Benchmark", "Data set": "Data set"}
 
 
 def all_sections() -> list[Any]:
+    """(page, heading, schema); what only one model family has says so in its heading."""
     from vlm.data.catalogue import DatasetSpec
     from vlm.evaluation import Benchmark
     from vlm.recipe import Recipe
 
     schemas = (("recipes.md", "Recipe", Recipe), ("evaluation.md", "Benchmark", Benchmark))
     schemas += (("data.md", "Data set", DatasetSpec),)
-    return [
-        pytest.param(page, path, schema, id=f"{page}-{path}")
-        for page, root, start in schemas
-        for path, schema in sections(start, root)
-    ]
+    result = {}
+    for page, root, start in schemas:
+        found = list(sections(start, root))
+        for path, family, schema in found:
+            shared = len({f for _, f, s in found if s is schema}) > 1
+            heading = path if shared or not family else f"{path} ({family})"
+            result[heading] = pytest.param(page, heading, schema, id=f"{page}-{heading}")
+    return list(result.values())
 
 
 @pytest.mark.parametrize(("page", "heading", "schema"), all_sections())

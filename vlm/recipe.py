@@ -11,10 +11,14 @@ from vlm.schema import Strict, apply_overrides, validate
 
 
 class ObjectiveSpec(Strict):
-    """One objective of `vlm.objectives.OBJECTIVES` and its share of the loss."""
+    """One objective of `vlm.objectives.OBJECTIVES` and its share of the loss.
+
+    smoothing: share of the target that is spread over all answers (itc: the batch, lm: the vocabulary).
+    """
 
     name: str
     weight: float = Field(default=1.0, ge=0)
+    smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
 class DataSpec(Strict):

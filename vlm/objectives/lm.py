@@ -1,12 +1,15 @@
 """Language modelling: cross-entropy of the next token, only where there is a label."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from vlm.objectives.objective import Loss, ReadOuts
+from vlm.recipe import ObjectiveSpec
 
 CHUNK = 2048  # labelled positions whose logits exist at one time
 
@@ -16,10 +19,10 @@ def lm_count(batch: Any) -> int:
     return int(batch.num_labels)
 
 
-def lm_loss(model: Any, batch: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
+def lm_loss(read: ReadOuts, spec: ObjectiveSpec) -> Loss:
     """Sum of cross-entropy over the labelled positions, and how many of them the model gets right."""
-    states, targets = model.label_states(batch)  # [n, D], [n]
-    loss, correct = cross_entropy_sum(states, targets, model.language_model.logits)
+    states, targets = read("label_states")  # [n, D], [n]
+    loss, correct = cross_entropy_sum(states, targets, read.model.language_model.logits, smoothing=spec.smoothing)
     return loss, {"token_accuracy": correct}
 
 

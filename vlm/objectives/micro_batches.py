@@ -5,16 +5,15 @@ to the embeddings, then embed each micro-batch again and send that gradient thro
 numbers, so dropout does not make them differ. Statistics that a layer keeps (batch norm) are updated twice.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Micro = TypeVar("Micro")
-Embed = Callable[[Micro], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class RandomState:
             torch.mps.set_rng_state(self.mps)
 
     @contextmanager
-    def again(self) -> Any:
+    def again(self) -> Iterator[None]:
         """Random numbers as from this state on inside; outside as if nothing had happened."""
         outside = RandomState.now()
         self.restore()
@@ -52,41 +51,41 @@ class RandomState:
 
 
 @dataclass(frozen=True)
-class Replay(Generic[Micro]):
-    """What the second pass needs: one call of `surrogate` a micro-batch, each followed by its backward.
+class Replay:
+    """What the second pass needs: each micro-batch embedded again under its random state, and one backward each.
 
     loss: of the whole batch, detached. gradients: of each micro-batch's embeddings. shared: parameters the loss reads
     beside the embeddings, with their gradients.
     """
 
     loss: Tensor
-    embed: Embed[Micro]
-    micro_batches: Sequence[Micro]
     states: Sequence[RandomState]
     gradients: Sequence[tuple[Tensor | None, ...]]
     shared: Sequence[tuple[Tensor, Tensor | None]]
 
-    def surrogate(self, number: int) -> Tensor:
+    def again(self, number: int) -> AbstractContextManager[None]:
+        """Random numbers as micro-batch `number` saw them in the first pass."""
+        return self.states[number].again()
+
+    def surrogate(self, number: int, embeddings: Sequence[Tensor]) -> Tensor:
         """A scalar whose gradient is micro-batch `number`'s part of the whole loss's gradient.
 
-        The gradient of the shared parameters is part of the last one, so that everything flows through one place.
-        Its value means nothing.
+        embeddings: of that micro-batch, computed again within `again(number)`. The gradient of the shared parameters is
+        part of the last one, so that everything flows through one place. The scalar's value means nothing.
         """
-        with self.states[number].again():
-            embeddings = self.embed(self.micro_batches[number])
         pairs = list(zip(embeddings, self.gradients[number]))
-        if number == len(self.micro_batches) - 1:
+        if number == len(self.gradients) - 1:
             pairs += self.shared
         terms = [(value * gradient).sum() for value, gradient in pairs if gradient is not None]
         return sum(terms[1:], start=terms[0])
 
 
 def plan_replay(
-    embed: Embed[Micro],
+    embed: Callable[[Micro], tuple[Tensor, ...]],
     micro_batches: Sequence[Micro],
     loss: Callable[..., Tensor],
     shared: Sequence[Tensor] = (),
-) -> Replay[Micro]:
+) -> Replay:
     """The first pass: embeddings of every micro-batch without gradient, the loss on all, and its gradients.
 
     embed(micro_batch): embeddings, each [b,...]. loss(*embeddings): scalar of the embeddings of the whole batch,
@@ -110,21 +109,4 @@ def plan_replay(
         rows = slice(start, start + len(piece[0]))
         gradients.append(tuple(None if g is None else g[rows] for g in found[: len(whole)]))
         start = rows.stop
-    return Replay(value.detach(), embed, micro_batches, states, gradients, list(zip(learning, found[len(whole) :])))
-
-
-def backward_in_micro_batches(
-    embed: Embed[Micro],
-    micro_batches: Sequence[Micro],
-    loss: Callable[..., Tensor],
-    shared: Sequence[Tensor] = (),
-    backward: Callable[[Tensor], Any] = torch.Tensor.backward,
-) -> Tensor:
-    """Both passes: adds the whole batch's gradient to `.grad` and returns its loss, detached.
-
-    backward: what sends a surrogate back, e.g. one that scales it first (fp16).
-    """
-    replay = plan_replay(embed, micro_batches, loss, shared)
-    for number in range(len(micro_batches)):
-        backward(replay.surrogate(number))
-    return replay.loss
+    return Replay(value.detach(), states, gradients, list(zip(learning, found[len(whole) :])))
