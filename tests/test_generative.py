@@ -9,9 +9,13 @@ from tiny_models import LANGUAGE_KINDS
 
 from vlm.data.packing import IGNORE, build_row, collate, pack
 from vlm.errors import UnsupportedTask, VlmError
+from vlm.objectives import ReadOuts
 from vlm.objectives.lm import cross_entropy_sum, lm_loss, token_log_probs
+from vlm.recipe import ObjectiveSpec
 
 QUESTIONS = ["what color is the shape?", "what shape is it?", "is it red?", "what"]
+
+LM = ObjectiveSpec(name="lm")
 
 
 @pytest.fixture(params=LANGUAGE_KINDS)
@@ -23,7 +27,7 @@ def _loss(model, samples, images):
     batch = model.collate(samples).with_images(lambda names: model._pixels([images[n] for n in names]))
     for p in model.parameters():
         p.grad = None
-    loss, _ = lm_loss(model, batch)
+    loss, _ = lm_loss(ReadOuts(model, batch), LM)
     (loss / batch.num_labels).backward()
     return loss.detach(), batch.num_labels, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -52,7 +56,7 @@ def test_the_loss_equals_transformers_own(model, tmp_path):
     (path,) = pictures(tmp_path, 1)
     (text,) = _texts(model, ["what is it?"], ["a red circle"])
     batch = model.collate([([text], (path,))]).with_images(lambda names: model._pixels(names))
-    loss, _ = lm_loss(model, batch)
+    loss, _ = lm_loss(ReadOuts(model, batch), LM)
     lm = model.language_model
     with torch.no_grad():
         embeddings = model._spliced(batch)
@@ -114,7 +118,7 @@ def test_packed_rows_equal_padded_rows(tiny_folder, tmp_path):
     losses = []
     for chosen in (rows, pack(rows, capacity=200)):
         batch = collate(chosen).with_images(model._pixels)
-        losses.append(lm_loss(model, batch)[0])
+        losses.append(lm_loss(ReadOuts(model, batch), LM)[0])
     assert len(pack(rows, capacity=200)) == 1
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
 

@@ -45,7 +45,9 @@ class DataSection(Strict):
 
     max_broken: share of broken samples past which training stops.
     max_length: tokens of a sequence, image tokens included; by default the language model's context.
-    cache_features: compute frozen image features once and keep them on disk.
+    cache_features: compute frozen image features once and keep them on disk, those of texts in memory.
+    augment: random crops of the encoder's training transform; by default where the image encoder learns. Features of
+        random crops are not cached.
     shuffle_buffer: samples of WebDataset shards that are shuffled together, rounded up to whole shards.
     workers: threads that decode and tokenise the next batch while this one trains; 0 does it in between.
     """
@@ -54,6 +56,7 @@ class DataSection(Strict):
     max_broken: float = Field(default=0.001, ge=0, le=1)
     max_length: int | None = Field(default=None, ge=8)
     cache_features: bool = True
+    augment: bool | None = None
     shuffle_buffer: int = Field(default=50_000, ge=1)
     workers: int = Field(default=0, ge=0)
 

@@ -36,10 +36,28 @@ def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schem
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
+            key, text = _key(problem["loc"], content), problem["msg"]
             given = "" if problem["type"] in ("unknown_key", "missing") else f" (got {_short(problem['input'])})"
-            problems.append(f"{key + ': ' if key else ''}{problem['msg']}{given}")
+            if problem["type"].startswith("union_tag"):  # several kinds of mapping, told apart by `type`
+                kinds = [kind.strip().strip("'") for kind in problem["ctx"].get("expected_tags", "").split(",")]
+                tag = str(problem["ctx"].get("tag", ""))
+                text, given = f"unknown type {tag!r}{did_you_mean(tag, kinds)}" if tag else "missing", ""
+                key += ".type"
+            problems.append(f"{key + ': ' if key else ''}{text}{given}")
         raise VlmError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _key(location: tuple[int | str, ...], content: Any) -> str:
+    """The dotted key of a problem's location, without the names that pydantic puts in for the kind of a mapping."""
+    parts: list[str] = []
+    for number, part in enumerate(location):
+        inside = isinstance(content, dict) and part in content
+        listed = isinstance(content, list) and isinstance(part, int) and part < len(content)
+        if not (inside or listed) and number < len(location) - 1:
+            continue
+        content = content[part] if inside or listed else None
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _short(value: Any) -> str:

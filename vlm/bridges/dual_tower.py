@@ -142,6 +142,11 @@ class DualTower(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(bias)) if sigmoid else None
 
     @property
+    def heads(self) -> tuple[TowerHead, TowerHead]:
+        """The image side and the text side."""
+        return self.image, self.text
+
+    @property
     def scale(self) -> Tensor:
         """The factor on the cosine, a scalar in fp32."""
         return self.logit_scale.float().exp()

@@ -16,6 +16,11 @@ class Sample:
     images: tuple[str, ...]
     conversations: tuple[tuple[Message, ...], ...]
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What the assistant says, turn by turn: of a captioned picture, its captions."""
+        return tuple(turn.text for turns in self.conversations for turn in turns if turn.role == "assistant")
+
 
 class Prompts(Protocol):
     """How a model asks: see `GenerativeModel.question_messages`."""

@@ -1,6 +1,7 @@
 """How much a model computes."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
@@ -14,3 +15,14 @@ def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
     outside |= {id(p) for p in head.parameters()} if head is not None else set()
     weights = [p for p in network.parameters() if p.ndim > 1 and id(p) not in outside]
     return float(sum(p.numel() * (6 if p.requires_grad else 4) for p in weights))
+
+
+def forward_operations(module: nn.Module, *inputs: Tensor) -> float:
+    """Operations of a module's forward pass on inputs of these shapes; nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(module.parameters()).device
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*(torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs))
+    return float(counter.get_total_flops())

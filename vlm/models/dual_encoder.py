@@ -1,6 +1,8 @@
 """The dual encoder (CLIP, SigLIP, LiT): images and texts as unit-length points in one space."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,13 +14,20 @@ from vlm.backbones.text import TextEncoder
 from vlm.bridges.dual_tower import DualTower
 from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import load_image
+from vlm.data.pairs import PairBatch, pair_batch
 from vlm.data.prompts import PLACE, prompt_templates
-from vlm.errors import VlmError
+from vlm.data.records import Message, Record
+from vlm.data.samples import Sample, make_samples
+from vlm.errors import UnsupportedTask, VlmError
 from vlm.model_spec import DualEncoderSpec
+from vlm.models.counting import forward_operations
 from vlm.models.freezing import set_mode
 from vlm.models.tasks import TaskModel
+from vlm.objectives.objective import ReadOuts
+from vlm.recipe import DataSpec
 
 IMAGE_CHUNK, TEXT_CHUNK = 64, 256  # pictures and texts that go through an encoder at once
+KEPT_TEXTS_BYTES = 4_000_000_000  # of text features in memory
 _CLASSIFIERS = 8  # kept
 
 Labels = Sequence[str] | Mapping[str, str | Sequence[str]]
@@ -38,6 +47,7 @@ class DualEncoder(TaskModel):
         self.text_encoder = text_encoder
         self.bridge = bridge
         self._classifiers: dict[Any, Tensor] = {}
+        self._kept_texts: tuple[dict[str, int], Tensor] | None = None  # text -> row of features [n,D]
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +60,100 @@ class DualEncoder(TaskModel):
         self._classifiers.clear()
         return self
 
-    # ---- training: tensors to embeddings, in two steps so that the first can be cached -------------------------
+    # ---- training: captions to pairs, pairs to embeddings ------------------------------------------------------
+
+    def samples(self, records: Sequence[Record], spec: DataSpec) -> list[Sample]:
+        """Training samples of records: one for each caption of a picture."""
+        return make_samples(records, spec.model_copy(update={"use": "captions", "share_image": False}), self)
+
+    def caption_messages(self, caption: str | None = None) -> list[Message]:
+        """A caption as the one thing that is said about a picture."""
+        return [] if caption is None else [Message("assistant", caption)]
+
+    def question_messages(self, question: str, answer: str | None = None) -> list[Message]:
+        """Questions are not what this model learns from."""
+        raise UnsupportedTask("a dual encoder model does not learn from questions; generative models do")
+
+    def prepare_texts(self, sample: Sample, limit: int | None = None) -> str:
+        """A sample's caption. Raises VlmError for one that is empty, or that does not go with exactly one picture."""
+        if len(sample.images) != 1 or len(sample.texts) != 1:
+            raise VlmError(f"expected one picture and one caption, got {len(sample.images)} and {len(sample.texts)}")
+        if not sample.texts[0].strip():
+            raise VlmError("the caption is empty")
+        return sample.texts[0]
+
+    def collate(self, samples: Sequence[tuple[str, Sequence[str]]], places: Sequence[int] = ()) -> PairBatch:
+        """Captions, each with the path of its picture, as one batch."""
+        texts = [text for text, _ in samples]
+        pictures = [paths[0] for _, paths in samples]
+        kept = self._kept_texts
+        if kept is not None and all(text in kept[0] for text in texts):
+            none = torch.zeros(len(texts), 0, dtype=torch.long)
+            return pair_batch(none, none, pictures, places, kept[1][[kept[0][text] for text in texts]])
+        return pair_batch(**self.text_encoder.tokenize(texts), pictures=pictures, places=places)
+
+    def empty_batch(self) -> PairBatch:
+        """A batch of no pairs, for a process that has none while others do."""
+        none = torch.zeros(0, 0, dtype=torch.long, device=self.device)
+        shapes = [(0, 1, head.width_in) if head.attention else (0, head.width_in) for head in self.bridge.heads]
+        image, text = (torch.zeros(shape, device=self.device) for shape in shapes)
+        batch = pair_batch(none, none, [], [], text).to(self.device)
+        return replace(batch, image_inputs=image)
+
+    @torch.inference_mode()
+    def keep_text_features(self, texts: Sequence[str], announce: Callable[[str], None]) -> None:
+        """Encode texts once, where the text encoder is frozen and pooled, and keep the features in memory."""
+        self._kept_texts = None
+        if _learns(self.text_encoder) or self.bridge.text.attention is not None:
+            return
+        unique = sorted(set(texts), key=len)  # texts of a length share a chunk: little padding
+        size = len(unique) * self.bridge.text.width_in * 4
+        if size > KEPT_TEXTS_BYTES:
+            announce(f"texts are encoded anew each time: features of {len(unique):,} would take {size / 1e9:.1f} GB")
+            return
+
+        def encode(chunk: Sequence[str]) -> Tensor:
+            return self.text_features(**self.text_encoder.tokenize(list(chunk)))
+
+        features = _in_chunks(encode, unique, TEXT_CHUNK)
+        self._kept_texts = ({text: row for row, text in enumerate(unique)}, features.float().cpu().clone())
+
+    def read_pairs(self, read: ReadOuts) -> tuple[Tensor, Tensor]:
+        """Unit-length embeddings, image [b,E] and text [b,E], of a batch of pairs."""
+        batch: PairBatch = read.batch
+        inputs = batch.image_inputs
+        assert inputs is not None
+        image = self.embed_image_features(self.image_features(inputs) if inputs.ndim == 4 else inputs)
+        if batch.text_features is not None:
+            text = self.embed_text_features(batch.text_features)
+        else:
+            text = self.embed_ids(batch.ids, batch.mask)
+        return (image[batch.image_index] if len(batch) else image), text
+
+    def comparison_parameters(self) -> list[nn.Parameter]:
+        """Logit scale and bias."""
+        bridge = self.bridge
+        return [bridge.logit_scale] if bridge.logit_bias is None else [bridge.logit_scale, bridge.logit_bias]
+
+    def after_step(self) -> None:
+        """Keep the logit scale within its bounds."""
+        self.bridge.clamp_scale()
+
+    def operations(self, batch: PairBatch) -> float:
+        """Matrix operations of a training step on a batch; features that are given count as nothing."""
+        images = 0 if batch.image_inputs is None or batch.image_inputs.ndim != 4 else len(batch.image_inputs)
+        total = images * self._image_operations * (3 if _learns(self.image_encoder) else 1)
+        return total + 2.0 * batch.ids.numel() * self._text_weights * (3 if _learns(self.text_encoder) else 1)
+
+    @cached_property
+    def _image_operations(self) -> float:
+        return forward_operations(self.image_encoder, torch.zeros(1, 3, *self.image_encoder.transform.size))
+
+    @cached_property
+    def _text_weights(self) -> int:
+        return sum(p.numel() for n, p in self.text_encoder.named_parameters() if p.ndim > 1 and "embedding" not in n)
+
+    # ---- pictures and texts to embeddings, in two steps so that the first can be cached ------------------------
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What the bridge takes of pixels [B,3,H,W]: [B,D], with pooling by attention tokens [B,N,D].

@@ -40,6 +40,7 @@ from vlm.models.freezing import set_mode
 from vlm.models.generation import Prompt, generate_texts, picture_key
 from vlm.models.tasks import TaskModel
 from vlm.objectives.lm import token_log_probs
+from vlm.objectives.objective import ReadOuts
 from vlm.recipe import DataSpec
 
 ENCODER_CHUNK = 64  # pictures that go through the image encoder at once
@@ -99,9 +100,12 @@ class GenerativeModel(TaskModel):
         last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
         return turns[last - 1].text, self.say(turns[:last], sample.images, **generation), turns[last].text
 
-    @property
-    def operations_per_token(self) -> float:
-        """Matrix operations of one training step for one token of the language model."""
+    def operations(self, batch: RowBatch) -> float:
+        """Matrix operations of a training step on a batch: the language model's; frozen features count as cached."""
+        return batch.num_tokens * self._operations_per_token
+
+    @cached_property
+    def _operations_per_token(self) -> float:
         return operations_per_token(self.language_model.network, self.language_model.embeddings)
 
     def tokenize(self, messages: Sequence[Message], limit: int | None = None) -> TokenizedText:
@@ -123,8 +127,10 @@ class GenerativeModel(TaskModel):
         messages = [Message("user", self.spec.caption_prompt)]
         return messages if caption is None else [*messages, Message("assistant", caption)]
 
-    def collate(self, samples: Sequence[tuple[Sequence[TokenizedText], Sequence[str]]]) -> RowBatch:
-        """Samples, each the texts about some pictures and the pictures' paths, as one batch.
+    def collate(
+        self, samples: Sequence[tuple[Sequence[TokenizedText], Sequence[str]]], places: Sequence[int] = ()
+    ) -> RowBatch:
+        """Samples, each the texts about some pictures and the pictures' paths, as one batch, wherever they stand.
 
         Texts of a sample share their prefix, and samples share rows, where the language model can mask that way.
         """
@@ -137,6 +143,10 @@ class GenerativeModel(TaskModel):
         if lm.takes_tree_masks:
             return collate(pack([build_row(texts, paths) for texts, paths in samples]))
         return collate([build_row([text], paths) for texts, paths in samples for text in texts])
+
+    def read_label_states(self, read: ReadOuts) -> tuple[Tensor, Tensor]:
+        """`label_states` of the batch."""
+        return self.label_states(read.batch)
 
     def label_states(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
         """Hidden states [n,D] at the n labelled positions of a batch, and the labels [n]."""

@@ -1,5 +1,6 @@
 """The task methods of the public contract; a model family overrides those it can do."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -23,6 +24,20 @@ class TaskModel(nn.Module):
     """Base of every family: each task it does not override raises `UnsupportedTask`, naming the families that can."""
 
     family: str = ""
+
+    def keep_text_features(self, texts: Sequence[str], announce: Callable[[str], None]) -> None:
+        """Encode texts that training will meet once and for all, where a frozen text encoder allows it."""
+
+    def comparison_parameters(self) -> list[nn.Parameter]:
+        """What a comparison of embeddings reads beside them (logit scale, bias)."""
+        return []
+
+    def say_sample(self, sample: Any, **generation: Any) -> tuple[str, str, str]:
+        """(what was asked, what the model says, what was wanted) of a training sample."""
+        raise UnsupportedTask(f"train.sample_every: a {self.family} model says nothing; leave it at 0")
+
+    def after_step(self) -> None:
+        """Called after each optimiser step, to keep parameters in their bounds."""
 
     def _cannot(self, task: str) -> NoReturn:
         raise UnsupportedTask(f"a {self.family} model cannot `{task}`; these can: {', '.join(FAMILIES[task])}")

@@ -47,7 +47,7 @@ class ReadOuts:
     model: Any
     batch: Any
     prepared: Mapping[str, Any] = field(default_factory=dict)
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
     _known: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, name: str) -> Any:

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.data.samples import Sample
-from vlm.data.sharded_samples import Unread
 from vlm.devices import pick_device, pick_precision
 from vlm.errors import VlmError
 from vlm.models.build import build_model, read_weights, save_model_folder
@@ -24,8 +22,8 @@ from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
-from vlm.training.source import Prepared, build_source
-from vlm.training.task import Task, add_reports
+from vlm.training.source import Placed, Prepared, build_source
+from vlm.training.task import FirstPass, Task, add_reports
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ class Trainer:
         self.parameters = [p for _, p in named_trainable(self.model)]
         self.meter = Meter()
         self.stopping = False
-        self.operations = self.model.operations_per_token
         self.report.summary(self.model, self.folder.path, self.source.num_samples, self.steps, str(self.device))
 
     # ---- setup ----------------------------------------------------------------------------------------------
@@ -160,11 +157,11 @@ class Trainer:
             self.report.say(f"stopped at step {self.step} of {self.steps}; go on with --resume")
         return TrainResult(self.folder.path, self.step, metrics, finished)
 
-    def _samples(self, step: int) -> list[Sample | Unread]:
+    def _samples(self, step: int) -> list[Placed]:
         """The global batch of a step, none behind the last."""
         return self.source.batch(step, self.recipe.train.batch_size) if step < self.steps else []
 
-    def train_step(self, samples: list[Sample | Unread], upcoming: Sequence[Sample | Unread] = ()) -> dict[str, float]:
+    def train_step(self, samples: list[Placed], upcoming: Sequence[Placed] = ()) -> dict[str, float]:
         """One optimiser step on a global batch; returns its losses, or {} if the step was skipped.
 
         upcoming: the next batch, which workers prepare meanwhile.
@@ -174,21 +171,25 @@ class Trainer:
         """
         section = self.recipe.train
         # Dropout depends on (seed, step, process) alone, so a resumed run draws what the first would have drawn.
-        torch.manual_seed((section.seed * 1_000_003 + self.step) * 4096 + self.rank)
+        seed = section.seed * 1_000_003 + self.step
+        torch.manual_seed(seed * 4096 + self.rank)
         mine = slice(self.rank, None, self.world)
         prepared = self.source.prepare(samples[mine], upcoming[mine])
         size = section.micro_batch_size or len(samples)
         batches: list[Any] = [self._collate(prepared[i : i + size]) for i in range(0, len(prepared), size)]
         counts: Tensor = self.accelerator.reduce(self._unwrapped.counts(batches).to(self.device, torch.float32))
         rounds = math.ceil(math.ceil(len(samples) / self.world) / size)  # of the process that has most
+        if self._unwrapped.needs_pairs and not batches:
+            batches = [self.model.empty_batch()]
         batches += [None] * (rounds - len(batches))
+        first = self._first_pass(batches, counts, seed) if rounds > 1 else None
 
         set_learning_rate(self.optimizer, schedule_factor(self.recipe.schedule, self.step, self.steps))
         reports = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
-                loss, parts = self.task(batch, counts)
+                loss, parts = self.task(batch, counts, seed, first, number)
                 # DistributedDataParallel averages over processes; shares of one global mean must add up.
                 self.accelerator.backward(loss * self.world)
             reports.append({"loss": loss.detach(), **parts})
@@ -201,6 +202,13 @@ class Trainer:
         self._count(batches, len(samples))
         return losses if self._apply(losses, samples) else {}
 
+    def _first_pass(self, batches: list[Any], counts: Tensor, seed: int) -> FirstPass | None:
+        """What objectives that compare the whole batch need to know before its first micro-batch goes back."""
+        if not self._unwrapped.needs_pairs:
+            return None
+        with self.accelerator.autocast():
+            return self._unwrapped.first_pass([batch for batch in batches if batch is not None], counts, seed)
+
     def _summed(self, names: list[str], values: Tensor) -> Tensor:
         """Reports added over processes; a process without a batch reports only its loss."""
         known = ["loss", *self._unwrapped.report_names]
@@ -211,7 +219,7 @@ class Trainer:
         names[:] = known
         return total
 
-    def _apply(self, losses: dict[str, float], samples: list[Sample | Unread]) -> bool:
+    def _apply(self, losses: dict[str, float], samples: list[Placed]) -> bool:
         """Clip and step; a loss or gradient that is not finite skips the step."""
         scaler = self.accelerator.scaler  # fp16 alone has one
         if scaler is not None:
@@ -221,6 +229,7 @@ class Trainer:
             if self.recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
+            self.model.after_step()
             self.bad_steps = 0
         if scaler is not None:
             scaler.update(None if finite else scaler.get_scale() * scaler.get_backoff_factor())
@@ -230,9 +239,9 @@ class Trainer:
             self._note_bad_step(losses["loss"], samples)
         return finite
 
-    def _note_bad_step(self, loss: float, samples: list[Sample | Unread]) -> None:
+    def _note_bad_step(self, loss: float, samples: list[Placed]) -> None:
         self.bad_steps += 1
-        entry = {"step": self.step + 1, "loss": str(loss), "skipped": True, "samples": [s.id for s in samples]}
+        entry = {"step": self.step + 1, "loss": str(loss), "skipped": True, "samples": [s.sample.id for s in samples]}
         if self.rank == 0:
             self.folder.log(entry)
         self.report.say(f"step {self.step + 1} skipped: loss or gradient is not finite ({loss})")
@@ -252,7 +261,8 @@ class Trainer:
     def _count(self, batches: list[Any], samples: int) -> None:
         real = [batch for batch in batches if batch is not None]
         tokens, labels = sum(b.num_tokens for b in real), sum(b.num_labels for b in real)
-        self.meter.add(tokens * self.world, labels * self.world, samples)
+        operations = sum(self.model.operations(b) for b in real)
+        self.meter.add(tokens * self.world, labels * self.world, samples, operations * self.world)
 
     # ---- log, sample, evaluate ------------------------------------------------------------------------------
 
@@ -265,7 +275,7 @@ class Trainer:
             metrics[name] = sum(part[name] for part in sums) / len(sums)
         metrics |= {"lr": self.optimizer.param_groups[0]["lr"], **rates}
         metrics["memory_gb"] = round(peak_memory(self.device) / 1e9, 2)
-        metrics["peak_share"] = round(rates["tokens_per_s"] * self.operations / peak, 3)
+        metrics["peak_share"] = round(self.meter.operations_per_second() / peak, 3)
         metrics["time"] = round(time.time(), 1)
         if self.rank == 0:
             self.folder.log(metrics)

@@ -48,12 +48,18 @@ class Meter:
         self.tokens = 0
         self.trained = 0
         self.samples = 0
+        self.operations = 0.0
 
-    def add(self, tokens: int, trained: int, samples: int) -> None:
-        """Count one step: tokens that went through the model, of which carried loss, and samples."""
+    def add(self, tokens: int, trained: int, samples: int, operations: float) -> None:
+        """Count one step: tokens that went through the model, of which carried loss, samples, matrix operations."""
+        self.operations += operations
         self.tokens += tokens
         self.trained += trained
         self.samples += samples
+
+    def operations_per_second(self) -> float:
+        """Matrix operations per second since the last reset."""
+        return self.operations / max(time.perf_counter() - self.start, 1e-9)
 
     def rates(self) -> dict[str, float]:
         """Per second since the last reset."""

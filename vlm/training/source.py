@@ -1,5 +1,6 @@
 """Where batches come from: samples of all data sources, in an order that depends on seed and step alone."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,19 +21,33 @@ from vlm.recipe import DataSection, DataSpec
 MAX_CACHED = 5_000_000  # pictures in shards whose features are kept: their paths and hashes lie in memory
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A sample, its place in the endless order of training, and the step that meets it there."""
+
+    place: int
+    step: int
+    sample: Sample | Unread
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A sample ready to collate: what its model made of its texts, and its pictures' pixels [3,H,W] or tokens [N,D]."""
+    """A sample ready to collate: what its model made of its texts, and its pictures' pixels [3,H,W] or features.
+
+    place: in the endless order of training.
+    """
 
     texts: Any
     images: tuple[str, ...]
     tensors: dict[str, Tensor]
+    place: int
 
 
 @dataclass
 class SampleSource:
     """All training samples, their order, and the way to a picture's tensor.
 
+    load_picture: (path, step) -> pixels [3,H,W] or features.
     broken: sample id -> reason, for samples that were skipped.
     """
 
@@ -40,7 +55,7 @@ class SampleSource:
     section: DataSection
     sources: list[Sequence[Sample]]
     order: MixtureOrder
-    load_picture: Callable[[str], Tensor]
+    load_picture: Callable[[str, int], Tensor]
     log: Callable[[str], None]
     broken: dict[str, str] = field(default_factory=dict)
     _begun: list[Future[Any]] = field(default_factory=list)
@@ -53,15 +68,16 @@ class SampleSource:
         """Samples of one epoch."""
         return sum(map(len, self.sources))
 
-    def batch(self, step: int, batch_size: int) -> list[Sample | Unread]:
+    def batch(self, step: int, batch_size: int) -> list[Placed]:
         """The samples of the whole global batch of `step`; those in shards are read by the process that takes them."""
-        return [self._sample(source, index) for source, index in self.order.batch(step, batch_size)]
+        places = enumerate(self.order.batch(step, batch_size), start=step * batch_size)
+        return [Placed(place, step, self._sample(source, index)) for place, (source, index) in places]
 
     def _sample(self, source: int, index: int) -> Sample | Unread:
         samples = self.sources[source]
         return Unread(samples, index) if isinstance(samples, ShardedSamples) else samples[index]
 
-    def prepare(self, samples: Sequence[Sample | Unread], upcoming: Sequence[Sample | Unread] = ()) -> list[Prepared]:
+    def prepare(self, samples: Sequence[Placed], upcoming: Sequence[Placed] = ()) -> list[Prepared]:
         """Samples as tokens and tensors; broken ones are left out, counted and logged.
 
         upcoming: what is asked for next, begun already if there are workers.
@@ -74,18 +90,19 @@ class SampleSource:
             self._begun = [self._pool.submit(self._prepare, sample) for sample in upcoming]
             results = (future.result() for future in begun)
         ready = []
-        for sample, result in zip(samples, results):
+        for placed, result in zip(samples, results):
             if isinstance(result, Prepared):
                 ready.append(result)
             else:
-                self.skip(sample.id, str(result))
+                self.skip(placed.sample.id, str(result))
         return ready
 
-    def _prepare(self, place: Sample | Unread) -> Prepared | VlmError:
+    def _prepare(self, placed: Placed) -> Prepared | VlmError:
         try:
-            sample = place.read() if isinstance(place, Unread) else place
+            sample = placed.sample.read() if isinstance(placed.sample, Unread) else placed.sample
             texts = self.model.prepare_texts(sample, self.section.max_length)
-            return Prepared(texts, sample.images, {path: self.load_picture(path) for path in sample.images})
+            pictures = {path: self.load_picture(path, placed.step) for path in sample.images}
+            return Prepared(texts, sample.images, pictures, placed.place)
         except VlmError as error:
             return error
 
@@ -104,7 +121,8 @@ class SampleSource:
     def collate(self, prepared: Sequence[Prepared]) -> Any:
         """Prepared samples as one batch with the tensors of its pictures."""
         tensors = {path: tensor for sample in prepared for path, tensor in sample.tensors.items()}
-        batch = self.model.collate([(sample.texts, sample.images) for sample in prepared])
+        places = [sample.place for sample in prepared]
+        batch = self.model.collate([(sample.texts, sample.images) for sample in prepared], places)
         return batch.with_images(lambda paths: torch.stack([tensors[path] for path in paths]))
 
 
@@ -118,17 +136,31 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     shards = [samples.sizes if isinstance(samples, ShardedSamples) else None for samples in sources]
     order = MixtureOrder([len(s) for s in sources], weights or None, seed, shards, section.shuffle_buffer)
 
-    def pixels(path: str) -> Tensor:
-        return model.image_encoder.transform.eval(load_image(path))
-
-    source = SampleSource(model, section, sources, order, pixels, log)
+    source = SampleSource(model, section, sources, order, _pixels(model.image_encoder, section, seed), log)
     for _, broken in loaded:
         for where, reason in broken:
             source.skip(where, reason)
-    features = model.picture_features() if section.cache_features else None
+    features = model.picture_features() if section.cache_features and not section.augment else None
     if features is not None and (paths := _pictures(sources)):
-        source.load_picture = cache_features(features, paths, announce=log)
+        cache = cache_features(features, paths, announce=log)
+        source.load_picture = lambda path, step: cache(path)
+    if section.cache_features and not any(shards):
+        model.keep_text_features([text for samples in sources for sample in samples for text in sample.texts], log)
     return source
+
+
+def _pixels(encoder: Any, section: DataSection, seed: int) -> Callable[[str, int], Tensor]:
+    """How a picture becomes pixels: as in evaluation, or a random crop that seed, step and picture decide."""
+    learns = any(p.requires_grad for p in encoder.parameters())
+    if not (learns if section.augment is None else section.augment):
+        return lambda path, step: encoder.transform.eval(load_image(path))
+
+    def crop(path: str, step: int) -> Tensor:
+        key = hashlib.blake2b(f"{seed} {step} {path}".encode(errors="surrogateescape"), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        return encoder.transform.train(load_image(path), generator)
+
+    return crop
 
 
 def _pictures(sources: Sequence[Sequence[Sample]]) -> list[str]:

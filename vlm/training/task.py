@@ -97,7 +97,7 @@ class Task(nn.Module):
             with first.replay.again(number) if first else nullcontext():
                 embeddings = read("pairs")
             if first is None:
-                pairs = make_pairs(*embeddings, [batch], seed)
+                pairs = make_pairs(embeddings[0], embeddings[1], [batch], seed)
                 loss, report = self._compare(pairs, counts)
                 report["loss"] = loss.detach()
                 losses.append(loss)
