@@ -21,6 +21,8 @@ def read_config(reference: str) -> dict[str, Any]:
 
     try:
         path = cached_file(reference, "config.json")
+        if path is None:
+            raise OSError("it has no config.json")
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise VlmError(f"{reference}: no such folder and no such model on the hub: {_first_line(error)}") from error
