@@ -8,6 +8,8 @@ import pytest
 
 from vlm.data.catalogue import load_dataset, load_spec
 from vlm.data.images import load_image
+from vlm.data.obtain import needed
+from vlm.data.webdataset_shards import expand_braces
 from vlm.errors import VlmError
 from vlm.paths import yaml_names
 from vlm.schema import dump_yaml
@@ -36,8 +38,43 @@ def test_every_shipped_data_set_is_valid_and_says_where_it_comes_from() -> None:
         spec, file = load_spec(name)
         assert spec.name == name == file.stem
         assert spec.licence
-        assert spec.homepage
+        assert spec.homepage.startswith("https://")
+        assert spec.description
         assert all("==" in install for install in spec.packages.values())
+
+
+def test_every_place_of_a_shipped_data_set_comes_from_one_of_its_downloads() -> None:
+    """What `prepare` fetches or asks for is what the splits read, and for the splits that read it."""
+    for name in yaml_names("datasets"):
+        spec, _ = load_spec(name)
+        for split, told in spec.splits.items():
+            for place in (told.path, told.images, told.questions):
+                if place is None or not place.startswith("data:") or place == "data:.":
+                    continue
+                wanted = {Path(text) for text in expand_braces(place.removeprefix("data:"))}
+                given = {Path(text) for download in needed(spec, [split]) for text in download.places()}
+                around = {folder for text in given for folder in text.parents}
+                assert wanted <= given | around, (name, split, place)
+
+
+def test_data_sets_that_share_a_download_agree_about_it() -> None:
+    told: dict[str, set[tuple[object, ...]]] = {}
+    for name in yaml_names("datasets"):
+        for download in load_spec(name)[0].downloads:
+            facts = (download.to, download.size, download.sha256, download.md5)
+            if not download.by_hand:
+                told.setdefault(download.url, set()).add(facts)
+    assert [url for url, facts in told.items() if len(facts) > 1] == []
+
+
+def test_places_that_a_data_set_reads_are_missing_until_it_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_DATA", str(tmp_path))
+    with pytest.raises(VlmError, match=r"data set 'pope': .*val2014 is missing; run: vlm data prepare pope"):
+        load_dataset("pope", "random")
+    with pytest.raises(VlmError, match=r"data set 'cc3m': .*is missing; run: vlm data prepare cc3m"):
+        load_dataset("cc3m", "val")
 
 
 @pytest.mark.starter

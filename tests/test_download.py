@@ -269,6 +269,21 @@ def test_the_wanted_members_are_unpacked_and_no_others(make: Any, name: str, tmp
 
 
 @each_kind
+def test_a_folder_around_everything_does_no_harm(make: Any, name: str, tmp_path: Path) -> None:
+    files = {"./release/val/1.jpg": b"1", "release/a.json": b"2", "__MACOSX/val/1.jpg": b"junk"}
+    unpack(make(files, tmp_path / name), tmp_path / "out", ["val", "a.json"])
+    found = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
+    assert found == {"val/1.jpg": b"1", "a.json": b"2"}
+
+
+@each_kind
+def test_all_of_an_archive_becomes_a_new_folder(make: Any, name: str, tmp_path: Path) -> None:
+    unpack(make(PICTURES, tmp_path / name), tmp_path / "deep/out", ["."])
+    assert sorted(p.name for p in (tmp_path / "deep/out").iterdir()) == ["other", "readme.txt", "val"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@each_kind
 def test_what_is_there_stays(make: Any, name: str, tmp_path: Path) -> None:
     (tmp_path / "out/val").mkdir(parents=True)
     (tmp_path / "out/val/1.jpg").write_bytes(b"mine")

@@ -13,7 +13,12 @@ from vlm.data.readers.caption_lists import read_captions_csv, read_captions_json
 from vlm.data.readers.coco import read_coco_captions
 from vlm.data.readers.conversations import read_llava_json
 from vlm.data.readers.image_folder import read_image_folder
+from vlm.data.readers.multiple_choice import read_base64_tsv, read_scienceqa
+from vlm.data.readers.url_lists import read_url_list
+from vlm.data.readers.visual_genome import read_visual_genome
+from vlm.data.readers.vqa_others import read_aokvqa, read_gqa, read_textvqa, read_vizwiz
 from vlm.data.readers.vqa_v2 import read_vqa_v2
+from vlm.data.readers.yes_no import read_mme, read_pope
 from vlm.data.records import Record
 from vlm.data.webdataset_shards import read_webdataset
 from vlm.errors import VlmError, did_you_mean
@@ -83,6 +88,16 @@ FORMATS: dict[str, Reader] = {
     "captions_csv": read_captions_csv,
     "coco_captions": read_coco_captions,
     "vqa_v2": read_vqa_v2,
+    "aokvqa": read_aokvqa,
+    "gqa": read_gqa,
+    "textvqa": read_textvqa,
+    "vizwiz": read_vizwiz,
+    "scienceqa": read_scienceqa,
+    "pope": read_pope,
+    "mme": read_mme,
+    "base64_tsv": read_base64_tsv,
+    "visual_genome": read_visual_genome,
+    "url_list": read_url_list,
     "image_folder": read_image_folder,
     "cifar": read_cifar,
     "webdataset": read_webdataset,

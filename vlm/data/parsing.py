@@ -83,3 +83,12 @@ def checked_text(value: Any, what: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise Malformed(f"{what} is not valid UTF-8")
     return value
+
+
+def most_frequent_first(answers: list[str], known: Any = None) -> tuple[str, ...]:
+    """All humans' answers with one that is `known` to be, or is, the most frequent in front: the one to train on."""
+    if not answers:
+        return ()
+    best = known if known in answers else max(answers, key=answers.count)
+    at = answers.index(best)
+    return (best, *answers[:at], *answers[at + 1 :])

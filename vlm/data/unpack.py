@@ -37,19 +37,24 @@ class _Member:
 def unpack(archive: Path, folder: Path, members: Iterable[str]) -> None:
     """Put files and folders of a zip or tar archive (of any compression) into `folder`; what is there stays.
 
-    members: names in the archive, of files or of whole folders; all must be in it, others are left out.
+    members: names in the archive, of files or of whole folders, with or without the folder that the archive holds all
+    in; all must be in it, others are left out. `.` is all that
+    is in it, and `folder` must not be there yet.
     Raises BrokenArchive for a damaged archive, one without a member, a name that leads out of the folder, a link or
     device, or more than 200 times the archive's size; VlmError for a full disk. Nothing is left behind then.
     """
     wanted = [PurePosixPath(name) for name in members]
     try:
         room = GROWTH * archive.stat().st_size + _ROOM
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as scratch:
-            aside = Path(scratch)
+        everything = PurePosixPath() in wanted
+        beside = folder.parent if everything else folder
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=beside) as scratch:
+            aside = Path(scratch) / "content"
+            aside.mkdir()
             for member in _entries(archive):
-                path = _checked(member.name, archive)
-                if not any(path == name or name in path.parents for name in wanted):
+                path = _wanted(_checked(member.name, archive), wanted)
+                if path is None:
                     continue
                 if member.kind not in ("file", "folder"):
                     raise BrokenArchive(
@@ -63,6 +68,9 @@ def unpack(archive: Path, folder: Path, members: Iterable[str]) -> None:
             for name in wanted:
                 if not (aside / name).exists():
                     raise BrokenArchive(f"{archive}: {name} is not in this archive; it is cut off or another version")
+            if everything:
+                aside.replace(folder)
+                return
             for name in wanted:
                 if not (folder / name).exists():
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +120,14 @@ def _checked(name: str, archive: Path) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or name[1:2] == ":":
         raise BrokenArchive(f"{archive}: the name {name!r} leads out of the folder; nothing is unpacked")
     return path
+
+
+def _wanted(path: PurePosixPath, wanted: list[PurePosixPath]) -> PurePosixPath | None:
+    """Where a member goes, None if nobody wants it."""
+    for place in (path, PurePosixPath(*path.parts[1:])):
+        if path.parts[:1] != ("__MACOSX",) and any(place == name or name in place.parents for name in wanted):
+            return place
+    return None
 
 
 def _copy(stream: IO[bytes] | None, to: Path, room: int, archive: Path) -> int:

@@ -93,11 +93,13 @@ def _official(
             raise Malformed("`id` is missing")
         if annotations is not None and not captions[str(image)]:
             raise Malformed("no caption")
+        # NoCaps scores its domains apart.
+        meta = {"image_id": image, **{key: item[key] for key in ("domain",) if key in item}}
         shown: tuple[str, ...] = ()
         if "file_name" in item:  # files for scoring alone leave it out
             part = PurePosixPath(str(item.get("coco_url") or "")).parent.name
             shown = (place(checked_text(item["file_name"], "`file_name`"), part),)
-        return Record(id=str(image), images=shown, captions=tuple(captions[str(image)]), meta={"image_id": image})
+        return Record(id=str(image), images=shown, captions=tuple(captions[str(image)]), meta=meta)
 
     yield from each_entry(file, pictures, record)
 

@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlm.data.parsing import BrokenRecord, Entry, Malformed, checked_text, each_entry, file_of, need_mapping, read_json
+from vlm.data.parsing import (
+    BrokenRecord,
+    Entry,
+    Malformed,
+    checked_text,
+    each_entry,
+    file_of,
+    most_frequent_first,
+    need_mapping,
+    read_json,
+)
 from vlm.data.readers.coco import picture_place
 from vlm.data.records import Record
 from vlm.errors import VlmError
@@ -101,14 +111,7 @@ def _human_answers(annotation: dict[str, Any]) -> tuple[str, ...]:
         if not isinstance(item.get("answer"), str):  # an empty one is an answer all the same
             raise Malformed(f"question {annotation['question_id']}: an answer is {item.get('answer')!r}, expected text")
         answers.append(item["answer"])
-    return _in_front(answers, annotation.get("multiple_choice_answer"))
-
-
-def _in_front(answers: list[str], first: Any = None) -> tuple[str, ...]:
-    """`answers` with one `first`, or the most frequent, moved to the front; the others keep their order."""
-    best = first if first in answers else max(answers, key=answers.count)
-    at = answers.index(best)
-    return (best, *answers[:at], *answers[at + 1 :])
+    return most_frequent_first(answers, annotation.get("multiple_choice_answer"))
 
 
 def _list(file: Path, items: list[Any], place: Callable[[str, str], str]) -> Iterator[Entry]:
@@ -124,7 +127,7 @@ def _list(file: Path, items: list[Any], place: Callable[[str, str], str]) -> Ite
             id=str(item.get("question_id", f"{item.get('dataset', 'entry')}-{number}")),
             images=(place(checked_text(item.get("image"), "`image`"), ""),),
             question=checked_text(item.get("question"), "`question`").strip(),
-            answers=_in_front(answers) if answers else (),
+            answers=most_frequent_first(answers),
             meta={key: value for key, value in item.items() if key not in _OTHER_KEYS},
         )
 

@@ -1,0 +1,155 @@
+"""Open questions in layouts of their own: A-OKVQA, GQA, TextVQA, VizWiz. Splits without answers give none."""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vlm.data.parsing import (
+    BrokenRecord,
+    Entry,
+    Malformed,
+    checked_text,
+    each_entry,
+    file_of,
+    most_frequent_first,
+    need_mapping,
+    read_json,
+    read_json_list,
+)
+from vlm.data.records import Record
+from vlm.errors import VlmError
+
+
+def read_aokvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """A-OKVQA (Schwenk et al. 2022): `[{question_id, image_id, question, choices, correct_choice_idx,
+    direct_answers}]`.
+
+    Pictures are those of COCO 2017. `meta` holds choices, the index of the right one, and rationales.
+    """
+    file = file_of(path, split, (".json",))
+    folder = images or file.parent
+
+    def record(_: int, item: Any) -> Record:
+        need_mapping(item)
+        image, choices = item.get("image_id"), item.get("choices")
+        if not isinstance(image, int):
+            raise Malformed(f"`image_id` is {image!r}, expected a number")
+        if not isinstance(choices, list):
+            raise Malformed("no list `choices`")
+        meta: dict[str, Any] = {"image_id": image, "choices": choices}
+        if "correct_choice_idx" in item:
+            meta["correct_choice"] = item["correct_choice_idx"]
+        if "rationales" in item:
+            meta["rationales"] = item["rationales"]
+        return Record(
+            id=_key(item, "question_id"),
+            images=(str(folder / f"{image:012d}.jpg"),),
+            question=checked_text(item.get("question"), "`question`").strip(),
+            answers=most_frequent_first(_texts(item.get("direct_answers", []), "`direct_answers`")),
+            meta=meta,
+        )
+
+    yield from each_entry(file, read_json_list(file), record)
+
+
+def read_gqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """GQA (Hudson and Manning 2019): `{question id: {question, imageId, answer, fullAnswer, types}}`.
+
+    `question_type` is the structural type (`verify`, `query`, ...); `meta` also holds the semantic and detailed ones.
+    Raises VlmError for another layout.
+    """
+    file = file_of(path, split, (".json",))
+    folder = images or file.parent
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise VlmError(f"{file}: expected questions by their ids (GQA), found {type(content).__name__}")
+    for key, item in content.items():
+        try:
+            need_mapping(item)
+            image = checked_text(item.get("imageId"), "`imageId`")
+            types = item.get("types") or {}
+            need_mapping(types)
+            meta = {"image_id": image, **{f"{name}_type": kind for name, kind in types.items()}}
+            if "structural" in types:
+                meta["question_type"] = types["structural"]
+            if "fullAnswer" in item:
+                meta["full_answer"] = item["fullAnswer"]
+            yield Record(
+                id=key,
+                images=(str(folder / f"{image}.jpg"),),
+                question=checked_text(item.get("question"), "`question`").strip(),
+                answers=(checked_text(item["answer"], "`answer`"),) if "answer" in item else (),
+                meta=meta,
+            )
+        except Malformed as error:
+            yield BrokenRecord(f"{file}: question {key}", str(error))
+
+
+def read_textvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """TextVQA (Singh et al. 2019): `{data: [{question_id, image_id, question, answers}]}`.
+
+    `meta` holds `ocr_tokens` where the file has them. Raises VlmError for another layout.
+    """
+    file = file_of(path, split, (".json",))
+    folder = images or file.parent
+    content = read_json(file)
+    items = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise VlmError(f"{file}: expected a list `data` in a mapping (TextVQA)")
+
+    def record(_: int, item: Any) -> Record:
+        need_mapping(item)
+        image = checked_text(item.get("image_id"), "`image_id`")
+        kept = {key: item[key] for key in ("image_classes", "ocr_tokens") if key in item}
+        return Record(
+            id=_key(item, "question_id"),
+            images=(str(folder / f"{image}.jpg"),),
+            question=checked_text(item.get("question"), "`question`").strip(),
+            answers=most_frequent_first(_texts(item.get("answers", []), "`answers`")),
+            meta={"image_id": image, **kept},
+        )
+
+    yield from each_entry(file, items, record)
+
+
+def read_vizwiz(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """VizWiz-VQA (Gurari et al. 2018): `[{image, question, answers: [{answer}], answer_type, answerable}]`.
+
+    A question is known by its picture: each has one.
+    """
+    file = file_of(path, split, (".json",))
+    folder = images or file.parent
+
+    def record(_: int, item: Any) -> Record:
+        need_mapping(item)
+        name = checked_text(item.get("image"), "`image`")
+        told = item.get("answers", [])
+        if not isinstance(told, list):
+            raise Malformed("`answers` is no list")
+        for answer in told:
+            need_mapping(answer)
+        return Record(
+            id=PurePosixPath(name).name,
+            images=(str(folder / name),),
+            question=checked_text(item.get("question"), "`question`").strip(),
+            answers=most_frequent_first(_texts([answer.get("answer") for answer in told], "`answers`")),
+            meta={"image_id": name, **{key: item[key] for key in ("answer_type", "answerable") if key in item}},
+        )
+
+    yield from each_entry(file, read_json_list(file), record)
+
+
+def _texts(values: Any, what: str) -> list[str]:
+    """Answers of humans; an empty one is an answer all the same."""
+    if not isinstance(values, list):
+        raise Malformed(f"{what} is no list")
+    for value in values:
+        if not isinstance(value, str):
+            raise Malformed(f"{what} holds {value!r}, expected text")
+    return values
+
+
+def _key(item: dict[str, Any], key: str) -> str:
+    if not isinstance(item.get(key), (int, str)):
+        raise Malformed(f"`{key}` is missing")
+    return str(item[key])
