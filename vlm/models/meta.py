@@ -1,0 +1,86 @@
+"""A model's parts on the meta device: shapes and parameter counts from configurations alone, no weights, no memory."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.backbones.image_encoder import ImageEncoder
+from vlm.backbones.image_hf import FAMILIES, HfTower
+from vlm.backbones.known_configs import find_config
+from vlm.backbones.language import inject_lora
+from vlm.backbones.names import parse_part_name
+from vlm.bridges.projection import Projection
+from vlm.data.transforms import ImageTransform
+from vlm.errors import VlmError
+from vlm.model_spec import GenerativeSpec, ImageEncoderSpec, LanguageModelSpec
+from vlm.models.freezing import freeze_all_but, named_trainable
+
+
+class MetaModel(nn.Module):
+    """The parts under the names that `trainable` patterns match; it has shapes and cannot run."""
+
+    def __init__(self, image_encoder: ImageEncoder, bridge: Projection, network: nn.Module) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.bridge = bridge
+        self.language_model = nn.Module()
+        self.language_model.network = network
+
+    def counts(self) -> dict[str, int]:
+        """Parameters of each part; tied ones count once. Layers that are dropped at load are not there."""
+        return {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+
+    def trained(self) -> dict[str, int]:
+        """Trained parameters of each part, `language_model.lora` apart."""
+        sums: dict[str, int] = {}
+        for name, parameter in named_trainable(self):
+            part = "language_model.lora" if ".lora." in name else name.partition(".")[0]
+            sums[part] = sums.get(part, 0) + parameter.numel()
+        return sums
+
+
+def build_on_meta(spec: GenerativeSpec, trainable: list[str] | tuple[str, ...] = ()) -> MetaModel:
+    """The model that `spec` describes, of `hf:` parts, with what matches `trainable` set to learn.
+
+    Raises VlmError for a part whose configuration is not known, and for what `build_model` would refuse.
+    """
+    image_encoder = _image_encoder(spec.image_encoder)
+    with torch.device("meta"):
+        network = _network(spec.language_model)
+        width = int(network.get_input_embeddings().embedding_dim)
+        bridge = Projection(spec.bridge, image_encoder.width, width, image_encoder.num_tokens, image_encoder.grid)
+    model = MetaModel(image_encoder, bridge, network)
+    model.requires_grad_(False)
+    if trainable:
+        freeze_all_but(model, trainable)
+    return model
+
+
+def _image_encoder(spec: ImageEncoderSpec) -> ImageEncoder:
+    import transformers
+
+    config = find_config(_hf(spec.name))
+    vision = getattr(config, "vision_config", config)
+    family = FAMILIES.get(vision.model_type)
+    if family is None:
+        raise VlmError(f"{spec.name}: no image encoder can be made of a {config.model_type!r} model")
+    size = spec.image_size or int(vision.image_size)
+    with torch.device("meta"):
+        tower = HfTower(getattr(transformers, family.model)(vision), family, spec.layer, (size, size), set())
+        return ImageEncoder(spec.name, tower, ImageTransform(size=(size, size)), spec.layer, spec.drop_cls)
+
+
+def _network(spec: LanguageModelSpec) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config = find_config(_hf(spec.name))
+    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    network = factory.from_config(config)
+    if spec.lora is not None:
+        inject_lora(network, spec.lora)
+    return network
+
+
+def _hf(name: str) -> str:
+    return parse_part_name(name, allowed=("hf",)).reference
