@@ -1,6 +1,5 @@
 """One protocol for every image encoder, whichever library it comes from."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fake_cuda import on_fake_cuda
 from PIL import Image
 from tiny_models import (
     HF_IMAGE_KINDS,
@@ -210,21 +210,6 @@ def test_fingerprint_follows_weights_and_options(build, kind):
 def test_pixels_follow_the_weights_type(build, kind):
     encoder = build(kind).to(torch.bfloat16)
     assert encoder(noise(encoder)).tokens.dtype == torch.bfloat16
-
-
-def on_fake_cuda(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy whose parameters and buffers pretend to lie on a GPU; any tensor it forgot to register raises in use."""
-    module = copy.deepcopy(module)
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None:
-                    fake = mode.from_tensor(tensor.detach())
-                    with mode:
-                        fake = fake.to("cuda")
-                    is_parameter = tensors is part._parameters
-                    tensors[key] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
-    return module
 
 
 @pytest.mark.parametrize("layer", [-1, -2])

@@ -213,8 +213,8 @@ class DualEncoder(TaskModel):
         wanted = [texts] if isinstance(texts, str) else list(texts)
         if not wanted:
             raise VlmError("encode_text: no texts were given")
-        if strange := next((text for text in wanted if not isinstance(text, str)), None):
-            raise VlmError(f"encode_text: expected text, got {type(strange).__name__}")
+        if strange := [type(text).__name__ for text in wanted if not isinstance(text, str)]:
+            raise VlmError(f"encode_text: expected text, got {strange[0]}")
         return _in_chunks(lambda chunk: self.embed_ids(**self.text_encoder.tokenize(list(chunk))), wanted, TEXT_CHUNK)
 
     @torch.inference_mode()
