@@ -1,11 +1,16 @@
 """Training on shards: samples stay in them until they are used, and nothing of that changes the result."""
 
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from dual_parts import dual_recipe
 from generative_parts import pictures
 from training_parts import losses, tiny_recipe, weights
 
@@ -55,14 +60,14 @@ def test_nothing_is_read_of_a_batch_until_it_is_prepared(tiny_folder, shards, tm
     trainer = Trainer(recipe_of(tiny_folder, shards, tmp_path / "run", {"cache_features": False}), quiet=True)
     monkeypatch.setattr("vlm.data.sharded_samples.shard_samples", lambda shard: pytest.fail("read"))
     batch = trainer.source.batch(0, 4)
-    assert all(isinstance(sample, Unread) for sample in batch)
+    assert all(isinstance(placed.sample, Unread) for placed in batch)
     monkeypatch.undo()
     assert len(trainer.source.prepare(batch)) == 4
 
 
 def test_an_epoch_trains_on_every_sample_once(tiny_folder, shards, tmp_path):
     trainer = Trainer(recipe_of(tiny_folder, shards, tmp_path / "run", steps=4), quiet=True)
-    drawn = [sample.read().id for step in range(4) for sample in trainer.source.batch(step, 4)]
+    drawn = [placed.sample.read().id for step in range(4) for placed in trainer.source.batch(step, 4)]
     assert sorted(drawn[:13], key=int) == [str(n) for n in range(13)]
 
 
@@ -88,6 +93,23 @@ def test_an_interrupted_run_goes_on_exactly(tiny_folder, shards, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "cut")[name], tensor)
 
 
+def test_the_number_of_processes_does_not_change_the_result(tiny_folder, shards, tmp_path):
+    recipes = []
+    for name in ("one", "two"):
+        data = {"cache_features": False, "shuffle_buffer": 5, "workers": 2}
+        recipe = dual_recipe(tiny_folder, shards, tmp_path / name, data=data)
+        source = recipe.data.train[0].model_copy(update={"format": "webdataset"})
+        recipes.append(recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": [source]})}))
+    train(recipes[0], quiet=True)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipes[1].model_dump(mode="json")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "vlm.cli.train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_shards_mix_with_a_source_in_memory(tiny_folder, shards, tmp_path):
     other = tmp_path / "train.jsonl"
     other.write_text("\n".join(json.dumps({"image": p, "caption": "x"}) for p in pictures(tmp_path, 4, seed=1)))
@@ -98,7 +120,7 @@ def test_shards_mix_with_a_source_in_memory(tiny_folder, shards, tmp_path):
     trainer = Trainer(recipe, quiet=True)
     assert trainer.source.num_samples == 17
     drawn = trainer.source.batch(0, 17)
-    assert sum(isinstance(sample, Unread) for sample in drawn) == pytest.approx(13, abs=1)
+    assert sum(isinstance(placed.sample, Unread) for placed in drawn) == pytest.approx(13, abs=1)
     assert trainer.train().finished
 
 
