@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vlm import evaluate
+from vlm.data.catalogue import load_dataset
 from vlm.data.formats import read_records
 from vlm.data.records import Record
 from vlm.errors import VlmError
@@ -276,3 +277,26 @@ def test_predictions_about_files_of_ones_own_are_scored_without_pictures(tmp_pat
     )
     assert result.score == pytest.approx(50)
     assert result.tables["per_question_type"] == {"what color are the": pytest.approx(50)}
+
+
+def test_predictions_are_scored_by_name_once_the_annotations_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLM_DATA", str(tmp_path / "data"))
+    official(tmp_path / "data/vqav2")
+    results = [{"question_id": 42001, "answer": "blue"}, {"question_id": 262148000, "answer": "up"}]
+    options = ["dataset.name=vqav2", "dataset.split=val", "protocol=official", "also=[]", "baselines=null"]
+    result = evaluate(
+        "easy_vqa", predictions=write(tmp_path / "r.json", results), overrides=options, output=tmp_path / "out"
+    )
+    assert result.score == pytest.approx(50)
+    with pytest.raises(VlmError, match=r"val2014 is missing; run: vlm data prepare vqav2"):
+        load_dataset("vqav2", "val")
+
+
+def test_karpathys_splits_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM_DATA", str(tmp_path))
+    write(tmp_path / "karpathy/dataset_coco.json", KARPATHY)
+    (tmp_path / "coco/val2014").mkdir(parents=True)
+    (record,) = load_dataset("coco_captions", "test").records
+    assert record.images == (str(tmp_path / "coco/val2014/COCO_val2014_000000000004.jpg"),)

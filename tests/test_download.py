@@ -8,12 +8,16 @@ import json
 import random
 import stat
 import tarfile
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from typer.testing import CliRunner
 
@@ -21,7 +25,7 @@ from vlm.cli.data import app
 from vlm.data import download as download_module
 from vlm.data.catalogue import load_dataset, load_spec
 from vlm.data.download import RETRIES, fetch
-from vlm.data.prepare import check, prepare
+from vlm.data.prepare import check, prepare, status
 from vlm.data.unpack import BrokenArchive, unpack
 from vlm.errors import VlmError
 from vlm.schema import dump_yaml
@@ -79,14 +83,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def running() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
-    running = Server()
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with running() as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +122,21 @@ def test_dropped_connections_are_resumed_where_they_broke(server: Server, tmp_pa
     fetch(server.url(), tmp_path / "f", sha256=SHA, wait=0)
     assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
     assert (tmp_path / "f").read_bytes() == CONTENT
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(cuts=st.lists(st.integers(0, len(CONTENT)), max_size=8), ranges=st.booleans())
+def test_wherever_connections_break_the_file_is_whole_or_absent(cuts: list[int], ranges: bool) -> None:
+    with running() as server, tempfile.TemporaryDirectory() as folder:
+        server.cut, server.ranges = list(cuts), ranges
+        to = Path(folder) / "f"
+        try:
+            fetch(server.url(), to, wait=0)
+        except VlmError:
+            assert not to.exists()
+            server.cut = []
+            fetch(server.url(), to, wait=0)
+        assert to.read_bytes() == CONTENT
 
 
 def test_a_later_run_goes_on_with_what_is_there(server: Server, tmp_path: Path) -> None:
@@ -281,6 +306,14 @@ def test_all_of_an_archive_becomes_a_new_folder(make: Any, name: str, tmp_path: 
     unpack(make(PICTURES, tmp_path / name), tmp_path / "deep/out", ["."])
     assert sorted(p.name for p in (tmp_path / "deep/out").iterdir()) == ["other", "readme.txt", "val"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_what_a_killed_unpacking_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "out/.unpacking-a.zip-x1/content/val/1.jpg"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    unpack(zipped(PICTURES, tmp_path / "a.zip"), tmp_path / "out", ["val"])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["val"]
 
 
 @each_kind
@@ -479,8 +512,10 @@ def test_only_what_a_split_needs_is_fetched(server: Server, tmp_path: Path) -> N
     content["splits"]["test"] = {"path": "data:mine/test.jsonl"}
     content["downloads"].append({"url": server.url("test.jsonl"), "to": "mine/test.jsonl", "splits": ["test"]})
     dump_yaml(content, Path(name))
+    assert status(name) == f"not prepared; run: vlm data prepare {name}"
     prepare(name, progress=False, splits=["train"])
     assert check(name, ["train"]) == []
+    assert status(name) == f"train ready; run: vlm data prepare {name}"
     with pytest.raises(VlmError, match=r"test\.jsonl: the server answers 404"):
         prepare(name, progress=False)
     with pytest.raises(VlmError, match="no split 'tset'; did you mean 'test'"):

@@ -140,14 +140,16 @@ def load_dataset(
     images: str | None = None,
     limit: int | None = None,
     questions: str | None = None,
+    need_pictures: bool = True,
 ) -> Dataset:
     """The records of one split, at most `limit`.
 
     name: a shipped data set, a YAML file, or with `format` an annotation file or folder. images: folder of the
     pictures, in place of the data set's own. questions: the file of questions, where `name` holds the answers alone.
+    need_pictures: whether a data set by name must have its pictures (to score predictions its annotations are enough).
     Raises VlmError for a missing file, an unknown split or format, no records, or a data set that is not prepared.
     """
-    place = _place(name, split, format, images, questions)
+    place = _place(name, split, format, images, questions, need_pictures)
     records, broken = read_records(place.format, place.path, split, place.images, limit, place.questions)
     if not records:
         first = f"; {len(broken)} malformed, the first: {broken[0].where}: {broken[0].reason}" if broken else ""
@@ -157,7 +159,7 @@ def load_dataset(
 
 def find_shards(name: str, split: str, format: str | None = None, images: str | None = None) -> list[Path] | None:
     """The shards of a split, named as for `load_dataset`; None if its format is another than `webdataset`."""
-    place = _place(name, split, format, images, None)
+    place = _place(name, split, format, images)
     return shards_of(place.path, split) if place.format == "webdataset" else None
 
 
@@ -173,7 +175,14 @@ class _Place:
     questions: Path | None
 
 
-def _place(name: str, split: str, format: str | None, images: str | None, questions: str | None) -> _Place:
+def _place(
+    name: str,
+    split: str,
+    format: str | None,
+    images: str | None,
+    questions: str | None = None,
+    need_pictures: bool = True,
+) -> _Place:
     folder = Path(images).expanduser() if images else None
     asked = Path(questions).expanduser() if questions else None
     is_yaml = name in yaml_names("datasets") or Path(name).suffix in (".yaml", ".yml")
@@ -181,7 +190,11 @@ def _place(name: str, split: str, format: str | None, images: str | None, questi
         spec, file = load_spec(name)
         chosen = _split(spec, split)
         if folder is None and chosen.images:
-            folder = locate(spec, file, chosen.images)
+            try:
+                folder = locate(spec, file, chosen.images)
+            except VlmError:
+                if need_pictures:
+                    raise
         if asked is None and chosen.questions:
             asked = locate(spec, file, chosen.questions)
         path, licence, format = locate(spec, file, chosen.path), spec.licence, format or spec.format

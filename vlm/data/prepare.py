@@ -77,17 +77,25 @@ def chosen_splits(spec: DatasetSpec, splits: Sequence[str]) -> list[str]:
 
 
 def status(name: str) -> str:
-    """`ready`, or what is missing and the command that helps."""
+    """`ready`, which splits are, or what helps: a command in each case."""
     spec, file = load_spec(name)
+    if missing_package := missing_packages(spec):
+        return f"missing; run: {missing_package}"
+    ready = [split for split in spec.splits if _is_there(spec, file, split)]
+    if len(ready) == len(spec.splits):
+        return "ready"
+    return f"{', '.join(ready) + ' ready' if ready else 'not prepared'}; run: vlm data prepare {name}"
+
+
+def _is_there(spec: DatasetSpec, file: Path, split: str) -> bool:
+    told = spec.splits[split]
     try:
-        for split in spec.splits.values():
-            for place in (split.path, split.images, split.questions):
-                if place is not None:
-                    locate(spec, file, place)
-    except VlmError as error:
-        missing = missing_packages(spec)
-        return f"missing; run: {missing}" if missing else str(error)
-    return "ready"
+        for place in (told.path, told.images, told.questions):
+            if place is not None:
+                locate(spec, file, place)
+    except VlmError:
+        return False
+    return not any(missing(download) for download in needed(spec, [split]))
 
 
 def problems(spec: DatasetSpec, file: Path, name: str, splits: Sequence[str], checksums: bool = True) -> Iterator[str]:

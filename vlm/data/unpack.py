@@ -1,6 +1,8 @@
 """Unpacking an archive that somebody else made: nothing outside the folder, no links, no bombs, whole or not at all."""
 
+import glob
 import lzma
+import shutil
 import stat
 import tarfile
 import tempfile
@@ -49,7 +51,10 @@ def unpack(archive: Path, folder: Path, members: Iterable[str]) -> None:
         everything = PurePosixPath() in wanted
         beside = folder.parent if everything else folder
         beside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=beside) as scratch:
+        mark = f".unpacking-{archive.name}-"
+        for left in beside.glob(f"{glob.escape(mark)}*"):  # by one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=mark, dir=beside) as scratch:
             aside = Path(scratch) / "content"
             aside.mkdir()
             for member in _entries(archive):

@@ -53,7 +53,7 @@ def evaluate(
     folder = Path(output) if output is not None else default_output(str(model) if named else None, plan.name)
     began = time.monotonic()
 
-    everything, unreadable = _records(plan)
+    everything, unreadable = _records(plan, need_pictures=predictions is None)
     for record in everything:
         task.check(record)
     total = len(everything) + len(unreadable)
@@ -110,7 +110,7 @@ def _name_of(model: Any) -> str:
     return name if isinstance(name, str) and name else type(model).__name__
 
 
-def _records(plan: Benchmark) -> tuple[list[Record], list[Sample]]:
+def _records(plan: Benchmark, need_pictures: bool) -> tuple[list[Record], list[Sample]]:
     """The data set's records, and samples for those its reader could not read."""
     from vlm.data.catalogue import load_dataset, load_spec
 
@@ -118,7 +118,12 @@ def _records(plan: Benchmark) -> tuple[list[Record], list[Sample]]:
     # Annotations of yours are read as the data set's own are, unless the benchmark says otherwise.
     format = data.format or (load_spec(data.name)[0].format if data.annotations else None)
     loaded = load_dataset(
-        data.annotations or data.name, data.split, format=format, images=data.images, questions=data.questions
+        data.annotations or data.name,
+        data.split,
+        format=format,
+        images=data.images,
+        questions=data.questions,
+        need_pictures=need_pictures,
     )
     broken = [
         Sample(f"unreadable:{number}", None, None, None, [], 0.0, f"{entry.where}: {entry.reason}")
