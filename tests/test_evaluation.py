@@ -269,7 +269,7 @@ def test_predictions_for_all_records_can_be_scored_with_a_limit(benchmark: str, 
     [
         ('[{"question_id": "0-0", "answer": "red"}]', r"5 missing \(0-1, 0-2, 1-0, 1-1, 1-2\)"),
         (json.dumps([{"question_id": f"q{n}", "answer": ""} for n in range(9)]), r"6 missing.*9 unknown \(q0, q1"),
-        ('[{"question_id": 1, "answer": "a"}, {"question_id": 1, "answer": "b"}]', "1 question ids occur more than"),
+        ('[{"question_id": 1, "answer": "a"}, {"question_id": 1, "answer": "b"}]', r"1 given more than once \(1\)"),
         ('[{"question_id": 1, "reply": "a"}]', r"row 1: expected \{question_id, answer\}"),
         ('[{"question_id": 1, "answer": 3}]', "must be text, found 3"),
         ('{"id": "0-0", "prediction": "red"}\nnonsense\n', r"given\.json:2: not JSON"),

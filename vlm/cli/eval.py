@@ -26,8 +26,12 @@ def evaluate(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A run folder, a local folder or a published model's name.")] = None,
     predictions: Annotated[
-        Path | None, typer.Option(help="Score this file instead: [{question_id, answer}] JSON, or a samples.jsonl.")
+        Path | None,
+        typer.Option(help="Score a file: [{question_id, answer}] or [{image_id, caption}] JSON, or samples.jsonl."),
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Score the predictions that match, though ids are missing or unknown.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N records.")] = None,
     output: Annotated[
         Path | None,
@@ -56,7 +60,7 @@ def evaluate(
             raise VlmError("give either --model NAME or --predictions FILE")
         if predictions is not None and len(names) > 1:
             raise VlmError(f"--predictions holds the answers of one benchmark, but {len(names)} are named")
-        _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json)
+        _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial)
 
 
 def _evaluate_all(
@@ -68,6 +72,7 @@ def _evaluate_all(
     output: Path | None,
     batch_size: int,
     as_json: bool,
+    partial: bool,
 ) -> None:
     from vlm.evaluation import load_benchmark
     from vlm.evaluation.runner import default_output, evaluate
@@ -90,6 +95,7 @@ def _evaluate_all(
             output=folder,
             batch_size=batch_size,
             model_name=model,
+            partial=partial,
         )
         if as_json:
             print(json.dumps(result.summary(), ensure_ascii=False))
@@ -109,6 +115,7 @@ def _print_result(result: "EvaluationResult") -> None:
     noun = TASKS[result.task].noun
     others = [protocol for protocol in result.scores if protocol != result.protocol]
     limit = result.settings["limit"]
+    dropped = result.settings["partial"]
     part = "" if limit is None else f" (the first {limit:,} of {result.settings['records_in_data_set']:,})"
     table = Table(
         title=f"{result.benchmark}: {result.metric} in %, {result.count:,} {noun}{part}", title_justify="left"
@@ -124,12 +131,16 @@ def _print_result(result: "EvaluationResult") -> None:
     for key, score in result.baselines.items():
         table.add_row(BASELINES.get(key, key), f"{score:.2f}")
     for entry in result.published:
-        table.add_row(escape(f"published: {entry['model']}"), f"{entry['score']:.2f}")
+        mark = " (other settings)" if entry["differs"] else ""
+        table.add_row(escape(f"published: {entry['model']}{mark}"), f"{entry['score']:.2f}")
     console = Console()
     console.print(table)
     if len(result.metrics) > 1:
         every = "  ".join(f"{name.replace('_', ' ')} {score:.2f}" for name, score in result.metrics.items())
         console.print(every, soft_wrap=True, highlight=False)
+    if dropped:
+        told = ", ".join(f"{count:,} {what}" for what, count in dropped.items())
+        console.print(f"partial: of the ids in the file and the data set {told}", style="yellow", soft_wrap=True)
     if result.broken:
         first = result.broken[0]
         text = f"{len(result.broken):,} samples could not be asked and count as wrong; the first: {first['error']}"

@@ -28,11 +28,16 @@ class BenchmarkData(Strict):
 
 
 class Published(Strict):
-    """A score that somebody published, with the place to check it."""
+    """A score that somebody published, with the place to check it.
+
+    settings: what they set of this benchmark's keys, dotted (`prompt`, `decoding.num_beams`, `dataset.split`); where
+    ours differ the report says so.
+    """
 
     model: str
     score: float
     source: str
+    settings: dict[str, Any] = Field(default={})
 
 
 class Benchmark(Strict):
@@ -121,11 +126,23 @@ class Benchmark(Strict):
         for key in sorted({key for other in TASKS.values() for key in other.keys} - set(task.keys)):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"task {self.task} does not read the key {key!r}")
-        if self.prompt and not task.prompt:
+        if self.prompt and not (task.prompt or task.own_prompt):
             raise ValueError(f"task {self.task} does not read the key 'prompt'; see `templates`")
         if missing := [field for field in task.prompt_fields if f"{{{field}}}" not in self.prompt]:
             raise ValueError(f"the prompt {self.prompt!r} of task {self.task} lacks {{{missing[0]}}}")
         return self
+
+
+def differences(plan: Benchmark, entry: Published) -> list[str]:
+    """Where our settings are not those of a published score, each as `key: theirs X, here Y`."""
+    found = []
+    for key, theirs in entry.settings.items():
+        ours: Any = plan.model_dump()
+        for part in key.split("."):
+            ours = ours.get(part) if isinstance(ours, dict) else None
+        if ours != theirs:
+            found.append(f"{key}: theirs {theirs!r}, here {ours!r}")
+    return found
 
 
 def load_benchmark(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Benchmark:

@@ -30,14 +30,15 @@ class CaptionScores(Mapping[str, float]):
     per_image: id (or number, where captions came as a list) -> scores of its caption.
     bleu_parts: [M, 10] of each image, in the order given: matching and possible n-grams of each length, words of the
     caption and of the closest reference. BLEU is a function of their sums: `bleu_of_parts`.
-    tokenizer: how captions became words.
+    tokenizer: how captions became words; words, reference_words: those of each image, in the order given.
     """
 
     scores: dict[str, float]
     per_image: dict[Hashable, dict[str, float]]
     bleu_parts: np.ndarray
     tokenizer: str = "ptb"
-    words: dict[Hashable, str] = field(default_factory=dict, repr=False)
+    words: list[str] = field(default_factory=list, repr=False)
+    reference_words: list[list[str]] = field(default_factory=list, repr=False)
 
     def __getitem__(self, key: str) -> float:
         return self.scores[key]
@@ -104,7 +105,8 @@ def caption_scores(
         {key: dict(zip(names, row)) for key, row in zip(ids, rows)},
         parts,
         tokenizer,
-        dict(zip(ids, words)),
+        words,
+        reference_words,
     )
 
 

@@ -1,6 +1,7 @@
 """Error bars: bootstrap intervals that resample pictures, since the questions of one picture stand or fall together."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,29 +9,55 @@ import numpy as np
 _BLOCK = 1 << 22
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A metric that is no mean over samples but a function of sums over them, as BLEU or F1.
+
+    rows: [N,K] what each sample adds to each sum. metric: sums [R,K] -> values [R].
+    """
+
+    rows: np.ndarray
+    metric: Callable[[np.ndarray], np.ndarray]
+
+
 def bootstrap_interval(
-    values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
+    values: Sequence[float] | Parts, clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of `values`, resampling whole clusters with replacement.
 
-    values, clusters: [N] scores, and what they belong to (a question's picture). The result has the unit of `values`.
+    values, clusters: [N] scores (or `Parts`), and what they belong to (a question's picture). The result has the unit
+    of `values`.
     Cluster bootstrap: Davison and Hinkley (1997), section 3.8; Miller (2024) on why evaluations need it.
 
     Raises ValueError on no values, or on lists of different length.
     """
-    if len(values) != len(clusters) or not len(values):
-        raise ValueError(f"{len(values)} values for {len(clusters)} clusters: give as many of both, at least one")
+    low, high = np.quantile(bootstrap(values, clusters, seed, resamples), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap(
+    values: Sequence[float] | Parts, clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
+) -> np.ndarray:
+    """The metric [R] of each resample; the same clusters and seed draw the same, so that two runs can be compared."""
+    parts = values if isinstance(values, Parts) else mean_parts(values)
+    if len(parts.rows) != len(clusters) or not len(clusters):
+        raise ValueError(f"{len(parts.rows)} values for {len(clusters)} clusters: give as many of both, at least one")
     numbers: dict[Hashable, int] = {}
     member = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])  # [N]
-    sums = np.bincount(member, weights=np.asarray(values, dtype=float))  # [C]
-    sizes = np.bincount(member)  # [C]
     n = len(numbers)
+    sums = np.zeros((n, parts.rows.shape[1]))  # [C, K]
+    np.add.at(sums, member, parts.rows)
     rng = np.random.default_rng(seed)
-    means: list[np.ndarray] = []
+    found: list[np.ndarray] = []
     rows = max(1, _BLOCK // n)
     for start in range(0, resamples, rows):
         # How often each cluster is drawn: the same as drawing n cluster numbers, without holding them.
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(rows, resamples - start))  # [R, C]
-        means.append((drawn @ sums) / (drawn @ sizes))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+        found.append(parts.metric(drawn @ sums))
+    return np.concatenate(found)
+
+
+def mean_parts(values: Sequence[float]) -> Parts:
+    """A mean as a function of sums."""
+    column = np.asarray(values, dtype=float)
+    return Parts(np.stack([column, np.ones_like(column)], axis=1), lambda sums: sums[:, 0] / sums[:, 1])

@@ -1,4 +1,11 @@
-"""Existing predictions: the official VQA results file, or the samples.jsonl of an earlier evaluation."""
+"""Existing predictions, as a list in JSON or a row a line.
+
+| row | written by |
+|---|---|
+| `{question_id, answer}` | the official VQA results file, EvalAI's |
+| `{image_id, caption}` | the COCO caption server's results file |
+| `{id, prediction}` | samples.jsonl of an earlier evaluation |
+"""
 
 import json
 from pathlib import Path
@@ -10,8 +17,8 @@ from vlm.evaluation.task import Prediction
 from vlm.evaluation.vqa import check_same_ids
 
 
-def read_predictions(path: Path) -> dict[str, Prediction]:
-    """Question id -> prediction, from `[{question_id, answer}]` (what EvalAI takes) or lines of `{id, prediction}`.
+def read_predictions(path: Path) -> list[tuple[str, Prediction]]:
+    """(id, prediction) of every row, in order; see the module for what a row may be.
 
     Raises VlmError that names the file and the row.
     """
@@ -19,29 +26,38 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise VlmError(f"{path}: predictions cannot be read: {error}") from error
-    rows = _rows(text, path)
-    predictions: dict[str, Prediction] = {}
-    repeated = 0
-    for number, row in enumerate(rows, start=1):
-        key, prediction = _entry(row, f"{path}: row {number}")
-        repeated += key in predictions
-        predictions[key] = prediction
-    if repeated:
-        raise VlmError(f"{path}: {repeated} question ids occur more than once; give one prediction per question")
-    return predictions
+    return [_entry(row, f"{path}: row {number}") for number, row in enumerate(_rows(text, path), start=1)]
 
 
 def match_predictions(
-    predictions: dict[str, Prediction], everything: list[Record], chosen: list[Record], where: str
+    predictions: list[tuple[str, Prediction]],
+    everything: list[Record],
+    chosen: list[Record],
+    where: str,
+    partial: bool = False,
 ) -> list[Prediction]:
     """The predictions for the `chosen` records; the file must hold exactly those, or exactly the whole data set's.
 
-    Raises VlmError that counts and names missing and unknown ids.
+    Raises VlmError that counts and names missing, unknown and repeated ids, unless `partial`.
     """
+    by_id = dict(reversed(predictions))  # the first of several
     ids = [record.id for record in chosen]
-    if set(ids) != predictions.keys():
-        check_same_ids(list(predictions), [record.id for record in everything], where)
-    return [predictions[key] for key in ids]
+    if not partial and (set(ids) != by_id.keys() or len(by_id) != len(predictions)):
+        check_same_ids([key for key, _ in predictions], [record.id for record in everything], where, "record")
+    return [by_id[key] for key in ids]
+
+
+def matching_part(
+    predictions: list[tuple[str, Prediction]], records: list[Record]
+) -> tuple[list[Record], dict[str, int]]:
+    """The records that predictions are about, and how many ids are missing, unknown and repeated."""
+    given = {key for key, _ in predictions}
+    known = {record.id for record in records}
+    found = [record for record in records if record.id in given]
+    if not found:
+        raise VlmError(f"none of {len(given):,} predictions is about one of the {len(records):,} records")
+    counts = {"missing": len(records) - len(found), "unknown": len(given - known)}
+    return found, counts | {"repeated": len(predictions) - len(given)}
 
 
 def _rows(text: str, path: Path) -> list[Any]:
@@ -62,13 +78,15 @@ def _rows(text: str, path: Path) -> list[Any]:
 
 
 def _entry(row: Any, where: str) -> tuple[str, Prediction]:
-    wanted = "expected {question_id, answer} (official results) or {id, prediction} (samples.jsonl)"
+    wanted = "expected {question_id, answer}, {image_id, caption} or {id, prediction} (samples.jsonl)"
     if not isinstance(row, dict):
         raise VlmError(f"{where}: {wanted}, found {type(row).__name__}")
     if "id" in row and "prediction" in row:
         key, text = row["id"], row["prediction"]
     elif "question_id" in row and "answer" in row:
         key, text = row["question_id"], row["answer"]
+    elif "image_id" in row and "caption" in row:
+        key, text = row["image_id"], row["caption"]
     else:
         raise VlmError(f"{where}: {wanted}, found keys {', '.join(map(repr, row)) or 'none'}")
     if text is None:

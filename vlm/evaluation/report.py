@@ -32,7 +32,6 @@ def render_report(result: EvaluationResult) -> str:
             break
         cards.append(card)
     shown = sum(len(samples) for samples in chosen[: len(cards)])
-    limit = result.settings.get("limit")
     low, high = result.interval
     noun = TASKS[result.task].noun
     said = "" if noun == "pictures" else f", {shown:,} of {result.count:,} {noun}"
@@ -45,7 +44,7 @@ def render_report(result: EvaluationResult) -> str:
         low=_number(low),
         high=_number(high),
         count=f"{result.count:,}",
-        limited="" if limit is None else f" (only the first {limit:,} of {result.settings['records_in_data_set']:,})",
+        limited=_limited(result),
         broken=_broken(result),
         comparison="\n".join(_comparison(result)),
         comparison_note="Ours with its 95 % interval. "
@@ -57,6 +56,14 @@ def render_report(result: EvaluationResult) -> str:
         + ("." if len(cards) == len(pictures) else ", wrong ones preferred; samples.jsonl holds all."),
         samples="\n".join(cards),
     )
+
+
+def _limited(result: EvaluationResult) -> str:
+    """What part of the data set the score is about, where it is not the whole."""
+    limit, partial, total = (result.settings.get(key) for key in ("limit", "partial", "records_in_data_set"))
+    first = "" if limit is None else f" (only the first {limit:,} of {total:,})"
+    missing = "" if not partial else f" (partial: predictions are missing for {partial['missing']:,} of {total:,})"
+    return first + missing
 
 
 def kind_of(score: float) -> str:
@@ -84,6 +91,8 @@ def _comparison(result: EvaluationResult) -> list[str]:
         source = str(entry["source"])
         link = source.startswith(("https://", "http://"))
         cell = f'<a href="{escape(source)}" rel="noopener noreferrer">source</a>' if link else escape(source)
+        if entry.get("differs"):
+            cell += f"<br>another setting: {escape('; '.join(entry['differs']))}"
         rows.append(_bar(escape(str(entry["model"])), float(entry["score"]), cell))
     return rows
 

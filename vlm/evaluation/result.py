@@ -37,6 +37,7 @@ class EvaluationResult:
     scores: of `metric` by every protocol asked for. metrics, intervals: of every metric of the task by `protocol`.
     tables: scores of groups: title -> group -> score.
     baselines: by `protocol`; keys of `vlm.evaluation.baselines.BASELINES`.
+    published: others' scores: model, score, source, and `differs`: their settings that are not ours.
     broken: samples that could not be asked (they count as wrong), each with id, image and error.
     settings: everything the score depends on besides the model.
     output: where the files lie.

@@ -9,9 +9,9 @@ from typing import Any
 from vlm.data.records import Record
 from vlm.errors import VlmError
 from vlm.evaluation.baselines import blind_baselines
-from vlm.evaluation.benchmark import Benchmark, load_benchmark
-from vlm.evaluation.intervals import bootstrap_interval
-from vlm.evaluation.predictions import match_predictions, read_predictions
+from vlm.evaluation.benchmark import Benchmark, differences, load_benchmark
+from vlm.evaluation.intervals import Parts, bootstrap_interval
+from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
 from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
 from vlm.evaluation.task import Job
 from vlm.evaluation.tasks import TASKS
@@ -27,12 +27,14 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = True,
     model_name: str | None = None,
+    partial: bool = False,
 ) -> EvaluationResult:
     """Score a model, or a file of predictions, on a benchmark, and write results.json, samples.jsonl and report.html.
 
     benchmark: a shipped name, a YAML file, or a loaded benchmark; overrides: `KEY=VALUE` into it.
     model: a loaded model, or a name or run folder for `load_model`; model_name: what results call a loaded one.
-    predictions: `[{question_id, answer}]` or an earlier samples.jsonl, about exactly the data set's records.
+    predictions: `[{question_id, answer}]`, `[{image_id, caption}]` or an earlier samples.jsonl, about exactly the data
+    set's records; partial: score those that are there, the first of several.
     limit: only the first N records. batch_size: records asked at once; questions of one picture always go together.
     output: folder to write to; by default `eval/<benchmark>` in the run folder, else `eval-results/<benchmark>`.
 
@@ -63,10 +65,16 @@ def evaluate(
     job = Job(plan, everything, records, len(unreadable))
 
     outputs: Any
+    dropped: dict[str, int] | None = None
     if predictions is not None:
         assert task.outputs_of is not None
         path = Path(predictions)
-        outputs = task.outputs_of(match_predictions(read_predictions(path), everything, records, str(path)))
+        given = read_predictions(path)
+        if partial:
+            records, dropped = matching_part(given, records)
+            unreadable = []
+            job = Job(plan, everything, records, 0)
+        outputs = task.outputs_of(match_predictions(given, everything, records, str(path), partial))
     else:
         if named:
             from vlm.loading import load_model
@@ -86,6 +94,7 @@ def evaluate(
         "records_in_data_set": total,
         "batch_size": batch_size,
         "predictions": None if predictions is None else str(predictions),
+        "partial": dropped,
         "interval": "95 % bootstrap over pictures, 1000 resamples, seed 0",
     }
     result = _score(job, outputs, name, folder, unreadable, settings, began)
@@ -161,7 +170,8 @@ def _score(
     headline = judged[plan.protocol]
     samples = headline.samples + unreadable
     intervals = {
-        metric: _interval(headline.samples, values, unreadable) for metric, values in headline.contributions.items()
+        metric: _interval(headline.samples, values, unreadable, job)
+        for metric, values in headline.contributions.items()
     }
     return EvaluationResult(
         benchmark=plan.name,
@@ -178,7 +188,10 @@ def _score(
         intervals=intervals,
         tables={title: scores for title, scores in headline.tables.items() if scores},
         baselines=_baseline_scores(plan, job.records) if plan.baselines else {},
-        published=[entry.model_dump() for entry in plan.published],
+        published=[
+            entry.model_dump(include={"model", "score", "source"}) | {"differs": differences(plan, entry)}
+            for entry in plan.published
+        ],
         broken=[{"id": s.id, "image": s.image, "error": s.error} for s in samples if s.error],
         settings=settings,
         versions=versions(),
@@ -189,8 +202,13 @@ def _score(
     )
 
 
-def _interval(samples: list[Sample], values: list[float | None], unreadable: list[Sample]) -> tuple[float, float]:
+def _interval(
+    samples: list[Sample], values: list[float | None] | Parts, unreadable: list[Sample], job: Job
+) -> tuple[float, float]:
     """The 95 % interval in per cent of a metric that some of the samples have a part in."""
+    if isinstance(values, Parts):
+        low, high = bootstrap_interval(values, [s.image or s.id for s in samples])
+        return job.diluted(100 * low, len(samples)), job.diluted(100 * high, len(samples))
     pairs = [(value, s.image or s.id) for value, s in zip(values, samples, strict=True) if value is not None]
     pairs += [(0.0, s.id) for s in unreadable]
     low, high = bootstrap_interval([value for value, _ in pairs], [cluster for _, cluster in pairs])

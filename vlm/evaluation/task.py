@@ -1,10 +1,11 @@
 """What a task of the evaluator is: how a model is asked, and how what it says becomes scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm.data.records import Record
+from vlm.evaluation.intervals import Parts
 from vlm.evaluation.result import Sample
 
 if TYPE_CHECKING:
@@ -48,13 +49,14 @@ class Judged:
     """Scores by one protocol.
 
     scores: every metric; in per cent, but for ranks. contributions: for metrics with an interval, what each sample adds
-    (their mean is the score / 100, before unreadable records dilute it), None where it has no part in the metric.
+    (their mean is the score / 100, before unreadable records dilute it), None where it has no part in the metric; or
+    `Parts`, where the metric is no mean.
     tables: title -> name -> per cent.
     """
 
     scores: dict[str, float]
     samples: list[Sample]
-    contributions: dict[str, list[float | None]]
+    contributions: Mapping[str, "list[float | None] | Parts"]
     tables: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -76,7 +78,8 @@ class Task:
     check: raises VlmError on a record that cannot serve the task.
     problems: outputs -> of each thing asked, why it could not be, or None.
     outputs_of: predictions of a file, one per record -> outputs; None where a file cannot hold them.
-    prompt: the default; prompt_fields: what a prompt must have a place for.
+    prompt: the default; prompt_fields: what a prompt must have a place for; own_prompt: without one the model's own
+    is taken.
     keys: the benchmark's keys that only this task reads.
     noun: what is counted.
     """
@@ -89,6 +92,7 @@ class Task:
     outputs_of: Callable[[list[Prediction]], Any] | None = None
     prompt: str = ""
     prompt_fields: tuple[str, ...] = ()
+    own_prompt: bool = False
     keys: tuple[str, ...] = ()
     noun: str = "samples"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
-from vlm.evaluation import classifying, retrieving
+from vlm.evaluation import classifying, describing, retrieving
 from vlm.evaluation.result import Sample
 from vlm.evaluation.task import Advance, Job, Judged, Metric, Prediction, Task, without_broken
 from vlm.evaluation.vqa import PROTOCOLS, VqaScores, vqa_accuracy
@@ -120,6 +120,17 @@ TASKS: dict[str, Task] = {
         prompt_fields=("question",),
         keys=("decoding", "baselines"),
         noun="questions",
+    ),
+    "caption": Task(
+        ask=describing.describe,
+        judge=describing.judge,
+        check=describing.check,
+        metrics={name: Metric(protocols=describing.PROTOCOLS) for name in describing.NAMES},
+        problems=_errors,
+        outputs_of=list,
+        own_prompt=True,
+        keys=("decoding",),
+        noun="pictures",
     ),
     "zero_shot": Task(
         ask=classifying.classify_pictures,
