@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from generative_parts import pictures
+from dual_parts import dual_spec
+from generative_parts import generative_model, pictures
 from PIL import Image
 from tiny_models import tiny_hf_image_model
 
@@ -21,7 +22,8 @@ from vlm.data.feature_cache import cache_features, frozen_features
 from vlm.data.images import BrokenImage, load_image
 from vlm.data.references import inside
 from vlm.errors import VlmError
-from vlm.model_spec import ImageEncoderSpec
+from vlm.model_spec import DualEncoderSpec, ImageEncoderSpec
+from vlm.models.build import build_model
 
 
 @pytest.fixture
@@ -185,7 +187,8 @@ def encode(numbers):
         print("writing", flush=True)
         time.sleep(60)
     return numbers[:, None].repeat(1, 4).float()
-features = PictureFeatures("slow", "number", "0", lambda path: torch.tensor(int(Path(path).read_text())), encode)
+load = lambda path: torch.tensor(int(Path(path).read_text()))
+features = PictureFeatures("slow", "number", lambda: "0", load, encode)
 cache_features(features, sys.argv[1:], batch_size=3)
 """
 
@@ -212,10 +215,56 @@ def test_a_process_killed_while_it_writes_loses_only_what_it_had_begun(tmp_path,
         return numbers[:, None].repeat(1, 4).float()
 
     features = feature_cache.PictureFeatures(
-        "slow", "number", "0", lambda path: torch.tensor(int(Path(path).read_text())), encode
+        "slow", "number", lambda: "0", lambda path: torch.tensor(int(Path(path).read_text())), encode
     )
     assert [file for file in features.folder.iterdir() if ".partial" in file.name]
     cache = cache_features(features, list(map(str, paths)))
     assert sorted(encoded) == list(range(6, 20))  # six were in a whole segment
     assert [cache(str(path))[0].item() for path in paths] == list(range(20))
     assert not [file for file in features.folder.iterdir() if ".partial" in file.name]
+
+
+# --- looked up when a model is asked ----------------------------------------------------------------------------------
+
+
+def images_of(tmp_path):
+    """Paths, a picture in a shard, and pictures in memory; and all of them in memory."""
+    paths = pictures(tmp_path, 4)
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        archive.add(paths[3], "0.png")
+    memory = [Image.open(path).convert("RGB") for path in paths]
+    return [paths[0], Path(paths[1]), memory[2], inside(tmp_path / "shard.tar", "0.png")], memory
+
+
+@pytest.mark.parametrize("family", ["generative", "dual"])
+def test_a_model_looks_up_what_is_kept_and_says_the_same(tiny_folder, tmp_path, monkeypatch, family):
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    if family == "generative":
+        model = generative_model(tiny_folder)
+        encode = model.encode_pictures
+    else:
+        spec = DualEncoderSpec.model_validate(dual_spec(tiny_folder))
+        model = build_model(spec, ["bridge.*"], device="cpu", precision="fp32")
+        encode = model.encode_image
+    images, memory = images_of(tmp_path)
+    expected = encode(memory)
+    torch.testing.assert_close(encode(images), expected)  # nothing kept yet
+    cache_features(model.picture_features(), [images[0], images[3]])
+    seen = []
+    original = model.image_encoder.forward
+    monkeypatch.setattr(model.image_encoder, "forward", lambda pixels: seen.append(len(pixels)) or original(pixels))
+    torch.testing.assert_close(encode(images), expected)
+    assert seen == [2]
+    cache_features(model.picture_features(), [str(images[1])])
+    torch.testing.assert_close(encode(images), expected)
+    assert seen == [2, 1, 1]
+    torch.testing.assert_close(encode([images[0], images[3]]), expected[[0, 3]])
+    assert seen == [2, 1, 1]
+    with torch.no_grad():
+        for parameter in model.image_encoder.parameters():
+            parameter.mul_(1.5)
+    changed = encode(memory)
+    assert not torch.allclose(changed, expected)
+    torch.testing.assert_close(encode(images), changed)  # what other weights said is not found
+    with pytest.raises(BrokenImage, match=r"missing\.png"):
+        encode([images[0], str(tmp_path / "missing.png")])

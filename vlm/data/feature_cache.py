@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,22 +44,34 @@ _Encoded = tuple[list[str], Tensor]  # content hashes and features [B, ...]
 class PictureFeatures:
     """What is kept of a picture, and what it is known by.
 
-    name, kind: the encoder and which of its outputs, e.g. `tokens`. fingerprint: changes with whatever else decides the
-    features. load: path -> one picture as `encode` takes it; raises BrokenImage. encode: stacked pictures [B, ...], on
-    any device, -> features [B, ...] of one shape and float type for every picture.
+    name, kind: the encoder and which of its outputs, e.g. `tokens`. fingerprint: gives a word that changes with
+    whatever else decides the features. load: a path (or another image) -> one picture as `encode` takes it; raises
+    BrokenImage. encode: stacked pictures [B, ...], on any device, -> features [B, ...] of one shape and float type.
     """
 
     name: str
     kind: str
-    fingerprint: str
-    load: Callable[[str], Tensor]
+    fingerprint: Callable[[], str]
+    load: Callable[[Any], Tensor]
     encode: Callable[[Tensor], Tensor]
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Where these features are kept."""
+        return _root() / f"{self._stem}-{self.fingerprint()}"
+
+    def any_kept(self) -> bool:
+        """Whether features of this name and kind are kept, of these weights or others."""
+        return next(_root().glob(f"{self._stem}-*"), None) is not None
+
+    @property
+    def _stem(self) -> str:
         safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.name)
-        return cache_dir() / "features" / f"{safe}-{self.kind}-{self.fingerprint}"
+        return f"{safe}-{self.kind}"
+
+
+def _root() -> Path:
+    return cache_dir() / "features"
 
 
 def frozen_features(
@@ -75,10 +88,10 @@ def frozen_features(
     def encode(pixels: Tensor) -> Tensor:
         return select(encoder(pixels.to(device, non_blocking=True))).to(encoder.dtype)
 
-    def load(path: str) -> Tensor:
-        return encoder.transform.eval(load_image(path))
+    def load(image: Any) -> Tensor:
+        return encoder.transform.eval(load_image(image))
 
-    return PictureFeatures(encoder.name, kind, encoder.fingerprint(), load, encode)
+    return PictureFeatures(encoder.name, kind, encoder.fingerprint, load, encode)
 
 
 @dataclass
@@ -117,13 +130,14 @@ def cache_features(
     cache = FeatureCache(folder)
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(READERS) as pool:
-        for path, digest in zip(unique, pool.map(_content_hash, unique)):
+        for path, digest in zip(unique, pool.map(content_hash, unique)):
             if digest is None:
                 cache.broken[path] = "cannot be read"
             else:
                 cache.hashes[path] = digest
     with FileLock(folder / "write.lock"):
-        _open_segments(cache)
+        for torn in open_segments(cache):
+            torn.unlink()  # computed again
         missing: dict[str, str] = {}
         for path, digest in cache.hashes.items():
             if digest not in cache.rows:
@@ -134,14 +148,17 @@ def cache_features(
     return cache
 
 
-def _content_hash(path: str) -> str | None:
+def content_hash(path: str) -> str | None:
+    """What a picture is known by, wherever it lies; None if it cannot be read."""
     try:
         return hashlib.blake2b(picture_bytes(path), digest_size=16).hexdigest()
     except (OSError, ValueError, VlmError):  # ValueError: a null byte in the name
         return None
 
 
-def _open_segments(cache: FeatureCache) -> None:
+def open_segments(cache: FeatureCache) -> list[Path]:
+    """Map every whole segment of the folder; returns the indexes of those that are torn."""
+    torn = []
     for index in sorted(cache.folder.glob("segment-*.json")):
         data = index.with_suffix(".bin")
         try:
@@ -153,7 +170,8 @@ def _open_segments(cache: FeatureCache) -> None:
         if whole:
             _map_segment(cache, data, shape, dtype, keys)
         else:
-            index.unlink()  # torn: computed again
+            torn.append(index)
+    return torn
 
 
 def _map_segment(cache: FeatureCache, data: Path, shape: tuple[int, ...], dtype: torch.dtype, keys: list[str]) -> None:

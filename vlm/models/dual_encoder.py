@@ -18,6 +18,7 @@ from vlm.data.pairs import PairBatch, pair_batch
 from vlm.data.prompts import PLACE, prompt_templates
 from vlm.data.records import Message, Record
 from vlm.data.samples import Sample, make_samples
+from vlm.data.stored_features import encode_pictures
 from vlm.errors import UnsupportedTask, VlmError
 from vlm.model_spec import DualEncoderSpec
 from vlm.models.counting import forward_operations
@@ -200,8 +201,11 @@ class DualEncoder(TaskModel):
 
         Raises BrokenImage for a picture that cannot be read, VlmError for an empty list.
         """
+        features = self.picture_features()
 
         def embed(chunk: Sequence[Any]) -> Tensor:
+            if features is not None:
+                return self.embed_image_features(encode_pictures(features, chunk).to(self.device))
             pixels = torch.stack([self.image_encoder.transform.eval(load_image(image)) for image in chunk])
             return self.embed_pixels(pixels.to(self.device))
 

@@ -32,6 +32,7 @@ from vlm.data.packing import (
 )
 from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
 from vlm.data.samples import Sample, make_samples
+from vlm.data.stored_features import encode_pictures
 from vlm.data.templates import answer_end
 from vlm.errors import VlmError
 from vlm.model_spec import GenerativeSpec
@@ -184,10 +185,12 @@ class GenerativeModel(TaskModel):
     @torch.inference_mode()
     def encode_pictures(self, images: Sequence[Any]) -> Tensor:
         """Projected tokens [B,n,D] of pictures (paths, PIL images or arrays), in chunks."""
+        features = self.picture_features()
         pieces = []
         for start in range(0, len(images), ENCODER_CHUNK):
-            pictures = [self.image_encoder.transform.eval(load_image(i)) for i in images[start : start + ENCODER_CHUNK]]
-            pieces.append(self.project(torch.stack(pictures).to(self.device)))
+            chunk = images[start : start + ENCODER_CHUNK]
+            inputs = self._pixels(list(chunk)) if features is None else encode_pictures(features, chunk)
+            pieces.append(self.project(inputs.to(self.device)))
         return torch.cat(pieces)
 
     def answer(self, images: Any, questions: str | Sequence[str], **generation: Any) -> list[str]:
