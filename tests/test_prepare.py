@@ -161,6 +161,18 @@ def test_a_wrong_count_is_an_error(tmp_path: Path) -> None:
         prepare(write_own(tmp_path, size=2), progress=False)
 
 
+def test_a_few_malformed_records_of_many_are_passed_over(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"image": "1.png", "caption": f"Number {n}."}) + "\n" for n in range(1500))
+    (tmp_path / "1.png").write_bytes(b"x")
+    content = {"name": "own", "licence": "MIT", "format": "captions_jsonl"}
+    dump_yaml({**content, "splits": {"train": {"path": "a.jsonl", "size": 1501}}}, tmp_path / "own.yaml")
+    (tmp_path / "a.jsonl").write_text(lines + "{broken\n")
+    prepare(str(tmp_path / "own.yaml"), progress=False)
+    (tmp_path / "a.jsonl").write_text(lines + "{broken\n" * 2)
+    with pytest.raises(VlmError, match=r"2 entries are malformed, the first: .*a\.jsonl:1501: not valid JSON"):
+        prepare(str(tmp_path / "own.yaml"), progress=False)
+
+
 def test_malformed_records_are_an_error_when_preparing(tmp_path: Path) -> None:
     name = write_own(tmp_path)
     (tmp_path / "stray.png").write_bytes(b"x")

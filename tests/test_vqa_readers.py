@@ -293,7 +293,9 @@ def test_visual_genome_regions_become_captions(tmp_path: Path) -> None:
     ]
     (tmp_path / "VG_100K").mkdir()
     write(tmp_path / "VG_100K_2/2.jpg", "")
-    file = write(tmp_path / "region_descriptions.json", [{"id": 2, "regions": regions}, {"id": 3, "regions": []}])
+    file = write(
+        tmp_path / "region_descriptions.json", [{"id": 2, "regions": regions}, {"id": 3, "regions": []}, {"id": 4}]
+    )
     records, broken = read_records("visual_genome", file, "train")
     assert records[0].captions == ("the clock is green", "a sign")
     assert records[0].images == (str(tmp_path / "VG_100K_2/2.jpg"),)

@@ -26,7 +26,7 @@ def read_visual_genome(path: Path, split: str, images: Path | None) -> Iterator[
         image, regions = item.get("id"), item.get("regions")
         if not isinstance(image, int):
             raise Malformed(f"`id` is {image!r}, expected a number")
-        if not isinstance(regions, list) or not regions:
+        if not isinstance(regions, list):
             raise Malformed("no list `regions`")
         captions: dict[str, tuple[Any, ...]] = {}  # the same phrase about two regions is one caption
         for region in regions:
@@ -44,7 +44,9 @@ def read_visual_genome(path: Path, split: str, images: Path | None) -> Iterator[
             meta={"image_id": image, "regions": list(captions.values())},
         )
 
-    yield from each_entry(file, read_json_list(file), record)
+    # A picture in which nobody described a region is no error.
+    items = [item for item in read_json_list(file) if not (isinstance(item, dict) and item.get("regions") == [])]
+    yield from each_entry(file, items, record)
 
 
 def _names(folder: Path) -> Iterator[str]:
