@@ -96,6 +96,19 @@ def test_settings_are_the_published_ones(name, batch, lr, epochs, template, resi
     assert recipe.data.max_length == 2048
 
 
+@pytest.mark.parametrize("name", ["llava15_finetune", "llava15_finetune_lora"])
+def test_batches_are_grouped_where_the_code_groups_them(name):
+    assert load_recipe(name).data.group_by_modality_length
+
+
+def test_data_sets_of_the_recipes_are_known():
+    from vlm.data.catalogue import load_spec
+
+    for name in ("llava_finetune", "llava15_pretrain", "llava15_finetune", "llava15_finetune_lora", "siglip2_smollm2"):
+        for source in load_recipe(name).data.train:
+            assert source.split in load_spec(source.dataset)[0].splits
+
+
 @pytest.mark.parametrize("name", known_names())
 def test_known_configurations_are_whole(name):
     config = find_config(name)

@@ -13,7 +13,11 @@ from vlm.data.records import Message
 from vlm.data.samples import Sample
 from vlm.errors import VlmError
 from vlm.objectives.lm import lm_loss
+from vlm.objectives.objective import ReadOuts
+from vlm.recipe import ObjectiveSpec
 from vlm.training.loop import Trainer
+
+LM = ObjectiveSpec(name="lm")
 
 
 def sample(name, images, *turns):
@@ -24,7 +28,7 @@ def sample(name, images, *turns):
 def loss_and_gradients(model, samples):
     batch = model.collate([(model.prepare_texts(s), s.images) for s in samples]).with_images(model._pixels)
     model.zero_grad()
-    loss, _ = lm_loss(model, batch)
+    loss, _ = lm_loss(ReadOuts(model, batch), LM)
     if loss.requires_grad:  # text alone reaches no projection
         loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -48,6 +48,7 @@ class DataSection(Strict):
     cache_features: compute frozen image features once and keep them on disk, those of texts in memory.
     augment: random crops of the encoder's training transform; by default where the image encoder learns. Features of
         random crops are not cached.
+    group_by_modality_length: batches hold samples with pictures or samples without, sorted by length (LLaVA-1.5).
     shuffle_buffer: samples of WebDataset shards that are shuffled together, rounded up to whole shards.
     workers: threads that decode and tokenise the next batch while this one trains; 0 does it in between.
     """
@@ -57,6 +58,7 @@ class DataSection(Strict):
     max_length: int | None = Field(default=None, ge=8)
     cache_features: bool = True
     augment: bool | None = None
+    group_by_modality_length: bool = False
     shuffle_buffer: int = Field(default=50_000, ge=1)
     workers: int = Field(default=0, ge=0)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.backbones.llava_checkpoint import read_projector
 from vlm.devices import pick_device, pick_precision
 from vlm.errors import VlmError
 from vlm.models.build import build_model, read_weights, save_model_folder
@@ -103,7 +104,14 @@ class Trainer:
                 fresh = sorted({".".join(name.split(".")[:2]) for name in lacking})
                 self.report.say(f"starting from {run}" + (f"; new here: {', '.join(fresh)}" if fresh else ""))
                 return
-        raise VlmError(f"init_from: {run} holds no trained model (expected model/trained.safetensors)")
+        if projector := read_projector(run):  # a published LLaVA's
+            load_trained_state(self.model, projector, where=str(run), partial=True)
+            self.report.say(f"starting from the projector of {run}")
+            return
+        raise VlmError(
+            f"init_from: {run} holds no trained model (expected model/trained.safetensors) and no LLaVA's projector "
+            "(mm_projector.bin)"
+        )
 
     def _resume(self) -> None:
         checkpoint = newest_checkpoint(self.folder.checkpoints)

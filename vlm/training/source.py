@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlm.data.catalogue import find_shards, load_dataset
 from vlm.data.feature_cache import cache_features
+from vlm.data.grouping import GroupedOrder
 from vlm.data.images import load_image
 from vlm.data.mixing import MixtureOrder
 from vlm.data.samples import Sample
@@ -59,6 +60,7 @@ class SampleSource:
     log: Callable[[str], None]
     broken: dict[str, str] = field(default_factory=dict)
     _begun: list[Future[Any]] = field(default_factory=list)
+    _grouped: GroupedOrder | None = None
 
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(self.section.workers) if self.section.workers else None
@@ -70,8 +72,23 @@ class SampleSource:
 
     def batch(self, step: int, batch_size: int) -> list[Placed]:
         """The samples of the whole global batch of `step`; those in shards are read by the process that takes them."""
-        places = enumerate(self.order.batch(step, batch_size), start=step * batch_size)
+        pairs = self.order.batch(step, batch_size)
+        if self.section.group_by_modality_length:
+            if self._grouped is None or self._grouped.batch_size != batch_size:
+                self._grouped = GroupedOrder(
+                    self.order, batch_size, self._shows_pictures, self._length, seed=self.order.seed
+                )
+            pairs = self._grouped.batch(step)
+        places = enumerate(pairs, start=step * batch_size)
         return [Placed(place, step, self._sample(source, index)) for place, (source, index) in places]
+
+    def _shows_pictures(self, pair: tuple[int, int]) -> bool:
+        return bool(self.sources[pair[0]][pair[1]].images)
+
+    def _length(self, pair: tuple[int, int]) -> int:
+        """Words of a sample, LLaVA's estimate of its tokens."""
+        conversations = self.sources[pair[0]][pair[1]].conversations
+        return sum(len(turn.text.split()) for turns in conversations for turn in turns)
 
     def _sample(self, source: int, index: int) -> Sample | Unread:
         samples = self.sources[source]
@@ -134,6 +151,8 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     loaded = [_load(model, spec, log) for spec in section.train]
     sources = [samples for samples, _ in loaded]
     shards = [samples.sizes if isinstance(samples, ShardedSamples) else None for samples in sources]
+    if section.group_by_modality_length and any(shards):
+        raise VlmError("data.group_by_modality_length: shards are read in the order they lie in; set it to false")
     order = MixtureOrder([len(s) for s in sources], weights or None, seed, shards, section.shuffle_buffer)
 
     source = SampleSource(model, section, sources, order, _pixels(model.image_encoder, section, seed), log)
