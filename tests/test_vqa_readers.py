@@ -217,8 +217,10 @@ def test_mmbench_pictures_are_read_from_within_the_table(tmp_path: Path) -> None
 
 def test_mme_tables_have_questions_without_choices(tmp_path: Path) -> None:
     rows = f"0\t{picture('red')}\tIs it red? Please answer yes or no.\tYes\tcolor\tperception\n"
+    rows += f"1\t{picture('red')}\tIs it blue? Please answer yes or no.\tNo\tcolor\tperception\n"
     file = write(tmp_path / "MME.tsv", f"index\timage\tquestion\tanswer\tcategory\tl2-category\n{rows}")
-    (record,) = read("base64_tsv", file)
+    record, other = read("base64_tsv", file)
+    assert other.images == record.images  # MME scores both questions about a picture together
     assert (record.answers, dict(record.meta)) == (("Yes",), {"category": "color", "l2-category": "perception"})
 
 

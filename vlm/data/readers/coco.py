@@ -7,6 +7,7 @@
 - BLIP's and LAVIS's lists: `[{image, caption, image_id?}]`, in training files an entry for each caption
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -60,13 +61,13 @@ def picture_place(folder: Path) -> Callable[[str, str], str]:
     """
 
     @cache
-    def base(part: str) -> Path:
-        return folder / part if part and (folder / part).is_dir() else folder
+    def base(part: str) -> str:
+        return str(folder / part if part and (folder / part).is_dir() else folder)
 
     def place(name: str, part: str = "") -> str:
         if not part and "/" not in name and (match := _COCO_NAME.search(name)):
             part = match[1]
-        return str(base(part) / name)
+        return os.path.join(base(part), name)
 
     return place
 

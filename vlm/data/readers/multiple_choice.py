@@ -5,6 +5,7 @@ beside the question; the record's answer is the text of the right choice.
 """
 
 import csv
+import hashlib
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -64,8 +65,9 @@ def read_scienceqa(path: Path, split: str, images: Path | None) -> Iterator[Entr
 def read_base64_tsv(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
     """A table `index, image, question, answer, A, B, ..., hint, category` with base64 pictures, as MMBench's and MME's.
 
-    `image` may name the row that holds the picture. Of MMBench, rows whose indices differ by a multiple of 1,000,000
-    are rotations of one question. Columns without a place in a record go to `meta`; test splits have no answers.
+    `image` may name the row that holds the picture; rows with the same picture share one reference to it. Of MMBench,
+    rows whose indices differ by a multiple of 1,000,000 are rotations of one question. Columns without a place in a
+    record go to `meta`; test splits have no answers.
     Raises VlmError if a column is missing.
     """
     file = path / f"{split}.tsv" if path.is_dir() else path
@@ -110,13 +112,15 @@ def _table_record(row: dict[str, str], file: Path, places: dict[str, str]) -> Re
     return Record(id=index, images=(places[index],), question=question, answers=(answer,) if answer else (), meta=meta)
 
 
-def _stand_in(start: int, match: re.Match[bytes]) -> bytes:
-    return b"<base64 %d-%d>" % (start + match.start(), len(match[0]))
+def _stand_in(seen: dict[bytes, bytes], start: int, match: re.Match[bytes]) -> bytes:
+    place = b"<base64 %d-%d>" % (start + match.start(), len(match[0]))
+    return seen.setdefault(hashlib.sha256(match[0]).digest(), place)  # one picture has one place
 
 
 def _rows(content: IO[bytes]) -> Iterator[tuple[list[str], int]]:
     """Rows with the number of their first line; base64 becomes `<base64 FIRST BYTE-LENGTH>` (csv has a limit)."""
     position, lines, first = 0, 0, 1
+    seen: dict[bytes, bytes] = {}
 
     def decoded() -> Iterator[str]:
         nonlocal position, lines
@@ -124,7 +128,7 @@ def _rows(content: IO[bytes]) -> Iterator[tuple[list[str], int]]:
             start = position
             position += len(line)
             lines += 1
-            text = _BASE64.sub(partial(_stand_in, start), line)
+            text = _BASE64.sub(partial(_stand_in, seen, start), line)
             # Bytes that are not UTF-8 become surrogates, which `checked_text` refuses.
             yield text.decode("utf-8-sig" if start == 0 else "utf-8", errors="surrogateescape")
 
