@@ -427,6 +427,24 @@ def test_an_index_is_kept_and_made_anew_when_the_shard_changes(tmp_path):
     assert json.loads(kept.read_text())["members"]
 
 
+def test_indexes_in_memory_are_bounded_and_grouped_once(tmp_path, monkeypatch):
+    import vlm.data.tar_index as module
+    import vlm.data.webdataset_shards as shards_module
+
+    grouped = []
+    original = shards_module._grouped
+    monkeypatch.setattr(shards_module, "_grouped", lambda index: grouped.append(index) or original(index))
+    monkeypatch.setattr(module, "_MAX_OPENED", 5)
+    module._opened.clear()
+    shards = [shard_of(tmp_path / f"{n}.tar", *good(0), *good(1)) for n in range(3)]
+    for shard in shards:
+        for _ in range(3):
+            samples, _ = shards_module.shard_samples(shard)
+            assert [sample.key for sample in samples] == ["0", "1"]
+    assert len(grouped) == 3
+    assert sum(len(index.members) for index in module._opened.values()) <= 5
+
+
 def test_long_and_foreign_names_are_read(tmp_path):
     name = "ordner/" + "ü" * 90 + "/bild"
     for number, format in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):

@@ -10,8 +10,8 @@ import os
 import tarfile
 import tempfile
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from vlm.errors import VlmError
@@ -19,15 +19,19 @@ from vlm.paths import cache_dir
 
 _FORMAT = 1  # of the kept index; another number makes all of them anew
 _BLOCK = 512
+_MAX_OPENED = 1_000_000  # files of the indexes kept in memory, about a gigabyte with what is made of them
 _ONE_AT_A_TIME = threading.Lock()  # threads that ask for the same index wait for the one that makes it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity, so that what is made of it can be kept beside it
 class TarIndex:
     """`members`: name -> (offset, size) in bytes, in the archive's order. `problems`: what had to be left out."""
 
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+
+_opened: OrderedDict[tuple[str, int, int], TarIndex] = OrderedDict()
 
 
 def tar_index(path: Path) -> TarIndex:
@@ -39,8 +43,15 @@ def tar_index(path: Path) -> TarIndex:
         stat = path.stat()
     except OSError as error:
         raise VlmError(f"{path}: the archive cannot be read: {error.strerror or error}") from error
+    key = (str(path.absolute()), stat.st_size, stat.st_mtime_ns)
     with _ONE_AT_A_TIME:
-        return _index(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+        if key not in _opened:
+            _opened[key] = _index(*key)
+            left = sum(len(index.members) for index in _opened.values())
+            while left > _MAX_OPENED and len(_opened) > 1:
+                left -= len(_opened.popitem(last=False)[1].members)
+        _opened.move_to_end(key)
+        return _opened[key]
 
 
 def read_member(path: Path, name: str) -> bytes:
@@ -60,7 +71,6 @@ def read_member(path: Path, name: str) -> bytes:
     return content
 
 
-@lru_cache(maxsize=64)
 def _index(path: str, size: int, changed: int) -> TarIndex:
     key = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:32]
     kept = cache_dir() / "shards" / "index" / f"{key}.json"

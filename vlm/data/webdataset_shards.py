@@ -11,10 +11,12 @@ import json
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from vlm.data.parsing import (
     CAPTION_KEYS,
@@ -27,7 +29,7 @@ from vlm.data.parsing import (
 )
 from vlm.data.records import Message, Record
 from vlm.data.references import inside
-from vlm.data.tar_index import read_member, tar_index
+from vlm.data.tar_index import TarIndex, read_member, tar_index
 from vlm.errors import VlmError
 from vlm.paths import cache_dir
 
@@ -36,6 +38,7 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_SHARDS = 1_000_000
 _MAX_TEXT = 16 << 20  # bytes of a text file in a shard; more is no caption
+_ONE_AT_A_TIME = threading.Lock()  # threads that ask for the same shard wait for the one that groups its files
 _TEXTS = ("txt", "json", "cls")
 
 
@@ -46,6 +49,9 @@ class ShardSample:
     key: str
     pictures: tuple[str, ...]
     texts: dict[str, str]
+
+
+_samples: WeakKeyDictionary[TarIndex, list[ShardSample]] = WeakKeyDictionary()  # of the indexes kept in memory
 
 
 def has_braces(path: Path) -> bool:
@@ -128,19 +134,25 @@ def shard_samples(shard: Path) -> tuple[list[ShardSample], list[BrokenRecord]]:
     `__` belong to no sample. Raises VlmError if the shard cannot be read at all.
     """
     index = tar_index(shard)
-    broken = [BrokenRecord(str(shard), problem) for problem in index.problems]
+    with _ONE_AT_A_TIME:
+        if (samples := _samples.get(index)) is None:
+            samples = _samples[index] = _grouped(index)
+    return samples, [BrokenRecord(str(shard), problem) for problem in index.problems]
+
+
+def _grouped(index: TarIndex) -> list[ShardSample]:
     groups: dict[str, list[tuple[str, str]]] = {}
     for name in index.members:
-        path = PurePosixPath(name)
-        stem, _, suffix = path.name.partition(".")
+        folder, slash, file = name.removeprefix("./").rpartition("/")
+        stem, _, suffix = file.partition(".")
         if stem and suffix and not stem.startswith("__"):
-            groups.setdefault(str(path.with_name(stem)), []).append((suffix.lower(), name))
+            groups.setdefault(f"{folder}{slash}{stem}", []).append((suffix.lower(), name))
     samples = []
     for key, files in groups.items():
         pictures = tuple(name for suffix, name in files if f".{suffix.rpartition('.')[2]}" in PICTURE_SUFFIXES)
         texts = {suffix: name for suffix, name in files if suffix in _TEXTS}
         samples.append(ShardSample(key, pictures, texts))
-    return samples, broken
+    return samples
 
 
 def read_sample(shard: Path, sample: ShardSample) -> Record:
