@@ -526,6 +526,7 @@ def test_shards_are_fetched_one_by_one(server: Server, tmp_path: Path, data: Pat
     server.files |= {f"/s-{n:03d}.tar": b"x" for n in range(3)}
     changes = {"downloads": [{"url": server.url("s-{000..002}.tar"), "to": "mine/{000..002}.tar"}]}
     name = write_data_set(server, tmp_path, **changes)
+    assert check(name)[0].startswith(f"{data / 'mine/000.tar'} and 2 more are missing; run: vlm data prepare")
     with pytest.raises(VlmError):  # they are no shards
         prepare(name, progress=False)
     assert sorted(p.name for p in (data / "mine").iterdir()) == ["000.tar", "001.tar", "002.tar"]

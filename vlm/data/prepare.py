@@ -58,9 +58,10 @@ def check(name: str, splits: Sequence[str] = (), checksums: bool = False) -> lis
     chosen = chosen_splits(spec, splits)
     lines = []
     for download in needed(spec, splits):
-        for path in missing(download):
+        if absent := missing(download):
             by = download.by_hand.rstrip(".") or f"run: vlm data prepare {name}"
-            lines.append(f"{path} is missing; {by} ({download.url})")
+            more = f" and {len(absent) - 1:,} more are" if len(absent) > 1 else " is"
+            lines.append(f"{absent[0]}{more} missing; {by} ({download.url})")
         # Of an archive only its content is kept.
         for path in [] if download.unpack or missing(download) else [data_dir() / place for place in download.places()]:
             digests = {"sha256": download.sha256, "md5": download.md5} if checksums else {}
