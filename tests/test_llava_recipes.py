@@ -94,6 +94,7 @@ def test_settings_are_the_published_ones(name, batch, lr, epochs, template, resi
     assert recipe.model.image_encoder.drop_cls
     assert (recipe.schedule.name, recipe.schedule.warmup, recipe.optimizer.weight_decay) == ("cosine", 0.03, 0.0)
     assert recipe.data.max_length == 2048
+    assert recipe.train.gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", ["llava15_finetune", "llava15_finetune_lora"])

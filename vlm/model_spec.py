@@ -46,11 +46,15 @@ class LoraSpec(Strict):
 
 
 class LanguageModelSpec(Strict):
-    """A frozen (or trained) language model, decoder-only or encoder-decoder, with optional LoRA."""
+    """A frozen (or trained) language model, decoder-only or encoder-decoder, with optional LoRA.
+
+    quantization: hold the frozen weights in 4 bits (NF4, Dettmers et al. 2023) or 8 (Dettmers et al. 2022); CUDA only.
+    """
 
     name: str
     lora: LoraSpec | None = None
     precision: Precision = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
 
 
 class TextEncoderSpec(Strict):

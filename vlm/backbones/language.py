@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlm.backbones.hf_loading import load_strictly, read_config
 from vlm.backbones.llava_checkpoint import is_llava, read_llava
 from vlm.backbones.names import PartName, parse_part_name
+from vlm.backbones.quantization import quantization_options
 from vlm.data.records import IMAGE_PLACEHOLDER
 from vlm.devices import storage_dtype
 from vlm.errors import VlmError
@@ -193,12 +194,14 @@ def _context_length(config: Any) -> int:
 def build_language_model(spec: LanguageModelSpec, precision: str = "auto") -> LanguageModel:
     """The language model a recipe names, frozen, with LoRA layers injected if it asks for them.
 
-    Raises VlmError for an unknown source, a missing folder, or a checkpoint whose keys do not all fit.
+    Raises VlmError for an unknown source, a missing folder, a checkpoint whose keys do not all fit, or quantization
+    where it cannot be.
     """
     part = parse_part_name(spec.name, allowed=tuple(_FOLDERS))
     folder = _FOLDERS[part.source](part)
     dtype = storage_dtype(spec.precision if spec.precision != "auto" else precision)
-    network, tokenizer = _load(folder, spec.name, dtype)
+    options = {"dtype": dtype, **quantization_options(spec.quantization, spec.name, dtype)}
+    network, tokenizer = _load(folder, spec.name, options)
     network.requires_grad_(False)
     network.eval()
     if spec.lora is not None:
@@ -269,15 +272,18 @@ _FOLDERS: dict[str, Callable[[PartName], str]] = {
 }
 
 
-def _load(folder: str, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokenizer]:
-    """Network and tokeniser from a folder or hub id; every key of the checkpoint is accounted for."""
+def _load(folder: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, Tokenizer]:
+    """Network and tokeniser from a folder or hub id; every key of the checkpoint is accounted for.
+
+    options: of `from_pretrained`.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar per part hides what the command itself has to say
     if _holds_llava(folder):
         checkpoint = read_llava(folder)
-        options = {"config": checkpoint.text_config, "state_dict": checkpoint.state("language"), "dtype": dtype}
+        options = {**options, "config": checkpoint.text_config, "state_dict": checkpoint.state("language")}
         network, _ = load_strictly(MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.text_config)], folder, **options)
         return network, load_tokenizer(checkpoint.base or folder, name)
     try:
@@ -287,7 +293,7 @@ def _load(folder: str, name: str, dtype: torch.dtype) -> tuple[nn.Module, Tokeni
         raise VlmError(f"language model {name!r} cannot be loaded: {reason}") from error
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        network, report = factory.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        network, report = factory.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise VlmError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

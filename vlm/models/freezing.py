@@ -46,6 +46,8 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> None:
             raise VlmError(f"trainable: {pattern!r} matches no parameter{did_you_mean(pattern, known)}")
     for name, parameter in names.items():
         trains = any(fnmatchcase(name, pattern) for pattern in patterns)
+        if trains and not parameter.is_floating_point():
+            raise VlmError(f"trainable: {name} is quantized and cannot learn: train LoRA, or set quantization: none")
         parameter.requires_grad_(trains)
         if trains:
             # Small updates to a half-precision weight round to nothing.

@@ -19,6 +19,7 @@ from vlm.models.build import build_model, read_weights, save_model_folder
 from vlm.models.freezing import load_trained_state, named_trainable, trained_state
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
+from vlm.training.memory import checkpoint_layers
 from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
@@ -78,6 +79,8 @@ class Trainer:
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
             self._start_from(Path(recipe.init_from).expanduser())
+        if recipe.train.gradient_checkpointing:
+            checkpoint_layers(self.model)
         with self._one_at_a_time():
             self.source = build_source(self.model, recipe.data, recipe.train.seed, self.report.say)
         self.steps = recipe.train.steps or math.ceil(

@@ -1,0 +1,109 @@
+"""Memory levers change memory and nothing else, and say where they cannot work."""
+
+import pytest
+import torch
+from generative_parts import generative_model, generative_spec, pictures
+from tiny_models import tiny_timm_image_model
+from training_parts import conversations, losses, tiny_recipe, weights
+
+from vlm import VlmError, train
+from vlm.models.build import build_model
+from vlm.objectives.lm import lm_loss
+from vlm.objectives.objective import ReadOuts
+from vlm.recipe import ObjectiveSpec
+from vlm.training.memory import checkpoint_layers
+
+KINDS = ["llama", "qwen2", "opt", "gpt2", "t5"]
+
+
+def _loss(model, paths):
+    """Loss, gradients, and bytes that the forward pass keeps for the backward pass."""
+    questions = ["what color is the shape?", "what is it?"]
+    texts = [[model.tokenize(model.question_messages(q, "a red circle"))] for q in questions]
+    batch = model.collate([(text, (path,)) for text, path in zip(texts, paths)]).with_images(model._pixels)
+    kept = []
+    model.zero_grad()
+    torch.manual_seed(0)  # dropout
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss, _ = lm_loss(ReadOuts(model, batch), ObjectiveSpec(name="lm"))
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sum(kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trainable", [["bridge.*"], ["bridge.*", "language_model.lora.*"]], ids=["bridge", "lora"])
+def test_checkpointing_keeps_less_and_changes_nothing(tiny_folder, tmp_path, kind, trainable):
+    spec = generative_spec(tiny_folder, kind, language={"lora": {"rank": 2, "alpha": 8, "dropout": 0.3}})
+    model = build_model(spec, trainable, device="cpu", precision="fp32").train()
+    paths = pictures(tmp_path, 2)
+    loss, gradients, kept = _loss(model, paths)
+    assert checkpoint_layers(model) >= 2
+    again, others, less = _loss(model, paths)
+    torch.testing.assert_close(loss, again, rtol=0, atol=0)
+    torch.testing.assert_close(gradients, others, rtol=1e-6, atol=1e-7)
+    assert less < 0.6 * kept
+
+
+def test_checkpointing_leaves_answers_as_they_are(tiny_folder, tmp_path):
+    model = generative_model(tiny_folder, "llama")
+    paths = pictures(tmp_path, 2)
+    said = model.answer(paths, ["what?", "is it red?"], max_new_tokens=6)
+    checkpoint_layers(model)
+    assert model.answer(paths, ["what?", "is it red?"], max_new_tokens=6) == said
+
+
+def test_a_run_with_checkpointing_is_the_run_without(tiny_folder, tmp_path):
+    data = conversations(tmp_path / "data")
+    for name, on in (("without", False), ("with", True)):
+        train(tiny_recipe(tiny_folder, data, tmp_path / name, gradient_checkpointing=on), quiet=True)
+    torch.testing.assert_close(losses(tmp_path / "with"), losses(tmp_path / "without"), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(weights(tmp_path / "with"), weights(tmp_path / "without"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_such_layers_refuses_checkpointing(tiny_folder):
+    from vlm.backbones.image import build_image_encoder
+    from vlm.model_spec import ImageEncoderSpec
+
+    encoder = build_image_encoder(ImageEncoderSpec(name=f"timm:{tiny_folder(tiny_timm_image_model, 'convnext')}"))
+    with pytest.raises(VlmError, match="gradient_checkpointing"):
+        checkpoint_layers(encoder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_quantization_without_a_gpu_is_one_line(tiny_folder, kind):
+    with pytest.raises(VlmError, match=rf"quantization: {kind}: .* CUDA device") as raised:
+        generative_model(tiny_folder, "llama", language={"quantization": kind})
+    assert "\n" not in str(raised.value)
+
+
+def test_quantization_without_bitsandbytes_says_what_to_install(monkeypatch):
+    import vlm.backbones.quantization as quantization
+
+    monkeypatch.setattr(quantization.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VlmError, match="pip install bitsandbytes"):
+        quantization.quantization_options("4bit", "hf:x", torch.bfloat16)
+
+
+def test_quantized_weights_do_not_learn():
+    from vlm.models.freezing import freeze_all_but
+
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(VlmError, match="weight is quantized and cannot learn"):
+        freeze_all_but(model, ["*"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a CUDA device")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantized_language_model_trains_its_adapters(tiny_folder, tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    spec = generative_spec(tiny_folder, "llama", language={"lora": {"rank": 2}, "quantization": kind})
+    model = build_model(spec, ["bridge.*", "language_model.lora.*"], device="cuda", precision="bf16")
+    batch = model.collate([([model.tokenize(model.question_messages("what?", "red"))], tuple(pictures(tmp_path, 1)))])
+    batch = batch.with_images(model._pixels).to("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _ = lm_loss(ReadOuts(model, batch), ObjectiveSpec(name="lm"))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
