@@ -6,7 +6,6 @@ evaluation shares what any of them computed. A segment counts once its index lie
 seen.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlm.data.content_hash import content_hashes
 from vlm.data.images import BrokenImage, load_image
-from vlm.data.references import picture_bytes
 from vlm.errors import VlmError
 from vlm.paths import cache_dir
 
@@ -128,13 +127,11 @@ def cache_features(
     folder = features.folder
     folder.mkdir(parents=True, exist_ok=True)
     cache = FeatureCache(folder)
-    unique = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(READERS) as pool:
-        for path, digest in zip(unique, pool.map(content_hash, unique)):
-            if digest is None:
-                cache.broken[path] = "cannot be read"
-            else:
-                cache.hashes[path] = digest
+    for path, digest in content_hashes(list(dict.fromkeys(paths))).items():
+        if digest is None:
+            cache.broken[path] = "cannot be read"
+        else:
+            cache.hashes[path] = digest
     with FileLock(folder / "write.lock"):
         for torn in open_segments(cache):
             torn.unlink()  # computed again
@@ -146,14 +143,6 @@ def cache_features(
             _forget_unfinished(folder)
             _write(cache, features, missing, batch_size, announce)
     return cache
-
-
-def content_hash(path: str) -> str | None:
-    """What a picture is known by, wherever it lies; None if it cannot be read."""
-    try:
-        return hashlib.blake2b(picture_bytes(path), digest_size=16).hexdigest()
-    except (OSError, ValueError, VlmError):  # ValueError: a null byte in the name
-        return None
 
 
 def open_segments(cache: FeatureCache) -> list[Path]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.data.feature_cache import FeatureCache, PictureFeatures, content_hash, open_segments
+from vlm.data.content_hash import content_hashes
+from vlm.data.feature_cache import FeatureCache, PictureFeatures, open_segments
 
 _STORES = 4  # kept open
 
@@ -37,8 +38,9 @@ def _kept(features: PictureFeatures, images: Sequence[Any]) -> dict[int, Tensor]
         return {}
     store = _store(features.folder)
     found = {}
+    hashes = content_hashes(list(paths.values()))
     for number, path in paths.items():
-        if (place := store.rows.get(content_hash(path) or "")) is not None:
+        if (place := store.rows.get(hashes[path] or "")) is not None:
             found[number] = store.segments[place[0]][place[1]]
     return found
 
