@@ -117,6 +117,14 @@ def test_the_java_tokeniser_keeps_captions_apart_whatever_breaks_their_lines() -
 
 
 @needs_java
+def test_the_next_caption_decides_on_a_last_letter() -> None:
+    captions = ["a sign reads K.", "A dog", "on lane S.", "two", "at a.", "The cat", "a b.", "A"]
+    ours = [ptb_tokenize(text, following) for text, following in zip(captions, [*captions[1:], ""])]
+    assert ours == java_ptb_tokenize(captions)
+    assert ours[0] == "a sign reads k"
+
+
+@needs_java
 def test_ours_is_javas_on_captions_with_noise() -> None:
     """One line after each caption starts lower-case, so that no last period depends on the next caption."""
     noise = ["don't", "U.S.", "p.m.", "St.", "No. 5", "1/2", "$5", "50%", "(in)", '"said"', "black/white", "t-shirt"]

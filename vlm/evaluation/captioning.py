@@ -290,9 +290,11 @@ def _tokenized(said: list[str], told: list[list[str]], tokenizer: str) -> tuple[
         # In the order of the official wrapper, which runs once for each side.
         flat = iter(java_ptb_tokenize([text for others in told for text in others]))
         return java_ptb_tokenize(said), [[next(flat) for _ in others] for others in told]
-    one = ptb_tokenize if tokenizer == "ptb" else _plain
-    return [one(text) for text in said], [[one(text) for text in others] for others in told]
+    if tokenizer == "ptb":
+        words = iter(_in_order([text for others in told for text in others]))
+        return _in_order(said), [[next(words) for _ in others] for others in told]
+    return [" ".join(text.split()) for text in said], [[" ".join(text.split()) for text in others] for others in told]
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split())
+def _in_order(captions: list[str]) -> list[str]:
+    return [ptb_tokenize(text, following) for text, following in zip(captions, [*captions[1:], ""])]

@@ -121,6 +121,8 @@ _DASHES = re.compile("-{3,}")
 _BEYOND = re.compile("[\U00010000-\U0010ffff\ud800-\udfff]")
 _NEEDS_CONTEXT = re.compile(rf"<|(?:^|[^A-Za-z.])[A-Za-z]\.$|(?i:{_any(_BEFORE_NUMBERS)})\.$|&(?:nbsp|lt);|\(\d+\)$")
 _CAPTION_WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
+_INITIAL = re.compile(r"[A-Za-z]\.")
+_STARTS = re.compile(rf"\s*(?:{_any(_STARTERS)})\s")
 _DROPPED = {'"', *PUNCTUATION}
 
 _KNOWN_MOST = 1 << 17
@@ -128,10 +130,16 @@ _KNOWN_MOST = 1 << 17
 _known: dict[str, str | None] = {w: f"{w[:3]} {w[3:]}" for w in ["cannot", "gonna", "wanna", "gotta", "gimme", "lemme"]}
 
 
-def ptb_tokenize(caption: str) -> str:
-    """The lower-case words of a caption, joined by spaces; empty where it holds none."""
+def ptb_tokenize(caption: str, following: str = "") -> str:
+    """The lower-case words of a caption, joined by spaces; empty where it holds none.
+
+    following: the next caption. CoreNLP sees captions as lines of one text, and where the next one starts with "A " a
+    last "k." is a letter and the end of a sentence, not an initial.
+    """
     words: list[str] = []
     chunks = caption.split()
+    if following and chunks and len(chunks[-1]) == 2 and _INITIAL.fullmatch(chunks[-1]) and _STARTS.match(following):
+        chunks[-1] = chunks[-1][0]
     for chunk in chunks:
         try:
             found = _known[chunk]

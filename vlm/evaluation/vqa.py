@@ -11,7 +11,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,14 +41,6 @@ class VqaScores:
     per_answer_type: dict[str, float]
     protocol: str
     count: int
-
-
-@dataclass(frozen=True)
-class _HumanAnswer:
-    """One human's answer and what else its record says: "the other nine" are the records that differ from it."""
-
-    identity: Hashable
-    text: str
 
 
 def clean(text: str) -> str:
@@ -110,7 +102,7 @@ def vqa_accuracy(
     if protocol not in PROTOCOLS:
         raise VlmError(f"unknown VQA protocol {protocol!r}{did_you_mean(protocol, PROTOCOLS)}")
     texts, entries = _pair(predictions, answers)
-    scores = [_score(text, _humans(entry, protocol), protocol) for text, entry in zip(texts, entries, strict=True)]
+    scores = [_score(text, entry, protocol) for text, entry in zip(texts, entries, strict=True)]
     return VqaScores(
         accuracy=_percent(scores),
         per_sample=scores,
@@ -160,32 +152,29 @@ def _question_id(entry: Answers) -> Any:
     raise VlmError("predictions by question id need answers by question id, or annotations that hold `question_id`")
 
 
-def _humans(entry: Answers, protocol: str) -> list[_HumanAnswer]:
-    """The human answers of one question, cleaned; the code before 2021 took them as they stand, spaces and all."""
+def _humans(entry: Answers, protocol: str) -> tuple[list[str], Sequence[Any]]:
+    """The human answers of one question, cleaned, and their records.
+
+    The code before 2021 took the answers as they stand, spaces and all.
+    """
     records: Sequence[Any] = entry["answers"] if isinstance(entry, Mapping) else entry
     if isinstance(records, str) or not records:
         raise VlmError(f"a question's answers must be a list that is not empty, found {records!r}")
-    humans = []
-    for position, record in enumerate(records):
-        text = str(record["answer"] if isinstance(record, Mapping) else record)
-        text = text if protocol == "official-2017" else clean(text)
-        if isinstance(record, Mapping) and protocol != "evalai":
-            rest = tuple(sorted((str(key), repr(value)) for key, value in record.items() if key != "answer"))
-            humans.append(_HumanAnswer(rest, text))
-        else:  # texts, and EvalAI's code in any case: humans are told apart by position
-            humans.append(_HumanAnswer(position, text))
-    if len(humans) == 1:
-        return [_HumanAnswer(position, humans[0].text) for position in range(10)]
-    return humans
+    texts = [str(record["answer"] if isinstance(record, Mapping) else record) for record in records]
+    if protocol != "official-2017":
+        texts = [clean(text) for text in texts]
+    if len(texts) == 1:
+        return texts * 10, ()
+    return texts, records
 
 
-def _score(prediction: str | None, humans: list[_HumanAnswer], protocol: str) -> float:
+def _score(prediction: str | None, entry: Answers, protocol: str) -> float:
     """One question's score between 0 and 1: the mean over humans of min(1, agreeing others / 3)."""
+    given, records = _humans(entry, protocol)
     if prediction is None:
         return 0.0
     text = clean(prediction)
-    given = [human.text for human in humans]
-    unanimous = len(set(given)) == 1
+    unanimous = given.count(given[0]) == len(given)
     if protocol == "exact":
         return float(text.lower() in {answer.lower() for answer in given})
     if protocol == "official":
@@ -197,14 +186,26 @@ def _score(prediction: str | None, humans: list[_HumanAnswer], protocol: str) ->
         text, given = normalise(text), [normalise(answer) for answer in given]
     else:
         text, given = normalise_evalai(text), [normalise_evalai(answer) for answer in given]
-    agreeing = [human.identity for human, answer in zip(humans, given, strict=True) if answer == text]
-    # "The others" of a human are the records that differ from its own: records equal to it leave with it.
-    equal = Counter(agreeing)
-    shares = [
-        min(1.0, (len(agreeing) - (equal[human.identity] if answer == text else 0)) / 3)
-        for human, answer in zip(humans, given, strict=True)
-    ]
-    return sum(shares) / len(shares)
+    agreeing = given.count(text)
+    if not agreeing:
+        return 0.0
+    alike = [] if protocol == "evalai" else _alike([r for r, a in zip(records, given) if a == text])
+    # The others of an agreeing human are the records that differ from its own: records equal to it leave with it.
+    shares = [min(1.0, (agreeing - same) / 3) for same in alike or [1] * agreeing]
+    return (sum(shares) + (len(given) - agreeing) * min(1.0, agreeing / 3)) / len(given)
+
+
+def _alike(records: list[Any]) -> list[int]:
+    """How many of some records of agreeing humans are equal to each, itself included; empty if all differ.
+
+    Texts, and EvalAI's code in any case, tell humans apart by position.
+    """
+    if not all(isinstance(record, Mapping) for record in records):
+        return []
+    if None not in (ids := {record.get("answer_id") for record in records}) and len(ids) == len(records):
+        return []
+    rest = [{key: value for key, value in record.items() if key != "answer"} for record in records]
+    return [rest.count(one) for one in rest]
 
 
 def _percent(scores: Sequence[float]) -> float:
