@@ -190,6 +190,12 @@ def test_questions_and_annotations_are_joined_by_id(tmp_path: Path) -> None:
     assert read("vqa_v2", annotations) == [first, second]
 
 
+def test_annotations_of_some_questions_are_about_those(tmp_path: Path) -> None:
+    annotations, questions = official(tmp_path)
+    write(annotations, {**ANNOTATIONS, "annotations": ANNOTATIONS["annotations"][:1]})
+    assert [r.id for r in read("vqa_v2", annotations, questions=questions)] == ["42001"]
+
+
 def test_a_test_split_has_questions_without_answers(tmp_path: Path) -> None:
     (tmp_path / "test2015").mkdir()
     file = write(tmp_path / "q.json", {**QUESTIONS, "data_subtype": "test-dev2015"})
@@ -237,7 +243,6 @@ def test_questions_and_annotations_that_do_not_fit_are_counted(tmp_path: Path) -
     assert [r.id for r in records] == ["262148000", "42001"]
     assert [(Path(b.where).name, b.reason) for b in broken] == [
         ("a.json: annotation 6", "no `question_id`"),
-        ("q.json: entry 3", "question 1 has no annotation"),
         ("q.json: entry 4", "`image_id` is 'x', expected a number"),
         ("q.json: entry 5", "question 3: an answer is 3, expected text"),
         ("q.json: entry 6", "`question_id` is missing"),

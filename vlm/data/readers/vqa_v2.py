@@ -31,6 +31,8 @@ def read_vqa_v2(path: Path, split: str, images: Path | None, questions: Path | N
 
     path: the annotations; the questions alone (as of test splits: records have no answers); or a list of
     `{question_id, question, answer, image}`. questions: beside the annotations under its official name if left out.
+    Annotations of a part of the questions are about that part, as in the official code. An annotation without its
+    question is malformed.
     images: the folder of pictures `COCO_val2014_000000000042.jpg`, or the one that holds `val2014/`.
     Raises VlmError for another layout, or annotations without questions.
     """
@@ -79,9 +81,7 @@ def _official(
         meta: dict[str, Any] = {"image_id": image}
         answers: tuple[str, ...] = ()
         if annotations is not None:
-            told = annotations.get(str(key))
-            if told is None:
-                raise Malformed(f"question {key} has no annotation")
+            told = annotations[str(key)]
             answers = _human_answers(told)
             meta |= {name: told[name] for name in ("question_type", "answer_type") if name in told}
         name = item.get("image")
@@ -97,7 +97,13 @@ def _official(
             meta=meta,
         )
 
-    yield from each_entry(file, questions, record)
+    for number, item in enumerate(questions):
+        key = item.get("question_id") if isinstance(item, dict) else None
+        if annotations is None or key is None or str(key) in annotations:
+            try:
+                yield record(number, item)
+            except Malformed as error:
+                yield BrokenRecord(f"{file}: entry {number + 1}", str(error))
 
 
 def _human_answers(annotation: dict[str, Any]) -> tuple[str, ...]:
