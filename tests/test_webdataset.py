@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import vlm.data.tar_index as tar_index_module
 from vlm.data.formats import read_records
 from vlm.data.images import load_image
 from vlm.data.records import Message, Record
@@ -424,25 +425,30 @@ def test_an_index_is_kept_and_made_anew_when_the_shard_changes(tmp_path):
     kept.write_bytes(kept.read_bytes()[:20])
     shard_of(shard, *good(0), *good(1))
     assert len(tar_index(shard).members) == 4
-    assert json.loads(kept.read_text())["members"]
+    whole = gzip.decompress(kept.read_bytes())
+    assert len(json.loads(whole)["members"]) == 4
+    for damage in (b"", kept.read_bytes()[:30], b"nothing of the kind", gzip.compress(b"[]"), gzip.compress(b"{}")):
+        kept.write_bytes(damage)
+        tar_index_module._opened.clear()
+        assert len(tar_index(shard).members) == 4
+        assert gzip.decompress(kept.read_bytes()) == whole
 
 
 def test_indexes_in_memory_are_bounded_and_grouped_once(tmp_path, monkeypatch):
-    import vlm.data.tar_index as module
     import vlm.data.webdataset_shards as shards_module
 
     grouped = []
     original = shards_module._grouped
     monkeypatch.setattr(shards_module, "_grouped", lambda index: grouped.append(index) or original(index))
-    monkeypatch.setattr(module, "_MAX_OPENED", 5)
-    module._opened.clear()
+    monkeypatch.setattr(tar_index_module, "_MAX_OPENED", 5)
+    tar_index_module._opened.clear()
     shards = [shard_of(tmp_path / f"{n}.tar", *good(0), *good(1)) for n in range(3)]
     for shard in shards:
         for _ in range(3):
             samples, _ = shards_module.shard_samples(shard)
             assert [sample.key for sample in samples] == ["0", "1"]
     assert len(grouped) == 3
-    assert sum(len(index.members) for index in module._opened.values()) <= 5
+    assert sum(len(index.members) for index in tar_index_module._opened.values()) <= 5
 
 
 def test_long_and_foreign_names_are_read(tmp_path):

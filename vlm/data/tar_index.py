@@ -4,12 +4,14 @@ An archive is scanned once; the index is kept in the cache folder and made anew 
 ever unpacked: names in an archive are labels, never paths.
 """
 
+import gzip
 import hashlib
 import json
 import os
 import tarfile
 import tempfile
 import threading
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,22 +75,23 @@ def read_member(path: Path, name: str) -> bytes:
 
 def _index(path: str, size: int, changed: int) -> TarIndex:
     key = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:32]
-    kept = cache_dir() / "shards" / "index" / f"{key}.json"
+    kept = cache_dir() / "shards" / "index" / f"{key}.json.gz"
     facts = [_FORMAT, path, size, changed]
     try:
-        content = json.loads(kept.read_text(encoding="utf-8"))
+        content = json.loads(gzip.decompress(kept.read_bytes()))
         if content["of"] == facts:
             members = {str(name): (int(offset), int(length)) for name, offset, length in content["members"]}
             return TarIndex(members, [str(problem) for problem in content["problems"]])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError):
         pass  # not there, or not whole: made anew
     index = _scan(Path(path), size)
     members_list = [[name, *place] for name, place in index.members.items()]
-    _keep(kept, json.dumps({"of": facts, "members": members_list, "problems": index.problems}))
+    content = json.dumps({"of": facts, "members": members_list, "problems": index.problems})
+    _keep(kept, gzip.compress(content.encode(), compresslevel=1))
     return index
 
 
-def _keep(file: Path, content: str) -> None:
+def _keep(file: Path, content: bytes) -> None:
     """Write a file whole or not at all; where nothing can be written, the index is made again next time."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def _keep(file: Path, content: str) -> None:
     except OSError:
         return
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+        with os.fdopen(handle, "wb") as opened:
             opened.write(content)
         os.replace(aside, file)
     except OSError:
