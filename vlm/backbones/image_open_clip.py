@@ -145,7 +145,7 @@ def visual_tower(visual: Any, layer: int, name: str) -> Tower:
 
 
 def open_clip_transform(model: nn.Module, name: str) -> ImageTransform:
-    """The evaluation transform in an open_clip model's own configuration."""
+    """The evaluation transform in an open_clip model's own configuration, and open_clip's crops for training."""
     import open_clip
 
     config = open_clip.get_model_preprocess_cfg(model)
@@ -159,4 +159,6 @@ def open_clip_transform(model: nn.Module, name: str) -> ImageTransform:
         std=tuple(config["std"]),
         interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
         resize=modes[config["resize_mode"]],  # type: ignore[arg-type]
+        train_scale=(0.9, 1.0),
+        train_flip=0.0,
     )
