@@ -121,6 +121,15 @@ class LanguageModel(nn.Module):
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    @property
+    def plain_head(self) -> Tensor | None:
+        """The vocabulary projection [V,D], if logits are hidden states times it and nothing else."""
+        config: Any = self.network.config
+        head = self.network.get_output_embeddings()
+        scalings = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        scaled = self.is_encoder_decoder or any(getattr(config, key, None) for key in scalings)
+        return None if scaled or type(head) is not nn.Linear or head.bias is not None else head.weight
+
     @torch.no_grad()
     def prefix_cache(self, embeddings: Tensor, mask: Tensor) -> Any:
         """Keys and values of left-padded prefixes, embeddings [B,T,D] and mask [B,T], for `generate`."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlm.objectives.fused import can_fuse, fused_cross_entropy_sum
 from vlm.objectives.objective import Loss, ReadOuts
 from vlm.recipe import ObjectiveSpec
 
@@ -22,7 +23,11 @@ def lm_count(batch: Any) -> int:
 def lm_loss(read: ReadOuts, spec: ObjectiveSpec) -> Loss:
     """Sum of cross-entropy over the labelled positions, and how many of them the model gets right."""
     states, targets = read("label_states")  # [n, D], [n]
-    loss, correct = cross_entropy_sum(states, targets, read.model.language_model.logits, smoothing=spec.smoothing)
+    lm = read.model.language_model
+    if len(targets) and can_fuse(states, lm.plain_head):
+        loss, correct = fused_cross_entropy_sum(states, targets, lm.plain_head, spec.smoothing)
+    else:
+        loss, correct = cross_entropy_sum(states, targets, lm.logits, smoothing=spec.smoothing)
     return loss, {"token_accuracy": correct}
 
 
