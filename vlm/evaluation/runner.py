@@ -14,7 +14,7 @@ from vlm.evaluation.intervals import Parts, bootstrap_interval
 from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
 from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
 from vlm.evaluation.task import Job
-from vlm.evaluation.tasks import TASKS
+from vlm.evaluation.tasks import TASKS, answer_scores
 
 
 def evaluate(
@@ -152,7 +152,10 @@ def _baseline_scores(plan: Benchmark, records: Sequence[Record]) -> dict[str, fl
     score = TASKS[plan.task].metrics[plan.metric].score
     assert score is not None
     guesses = blind_baselines(training, [record.question or "" for record in records])
-    return {key: score(records, texts, plan.protocol).accuracy for key, texts in guesses.items()}
+    return {
+        key: answer_scores(score(records, texts, plan.protocol), plan.metric).scores[plan.metric]
+        for key, texts in guesses.items()
+    }
 
 
 def _score(

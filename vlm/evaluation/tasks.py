@@ -1,14 +1,18 @@
 """The table of tasks, and the task `vqa`. A new task or metric is one entry in `TASKS`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation import classifying, describing, retrieving
+from vlm.evaluation.answers import AnswerScores, Scorer, score_aokvqa, score_gqa
+from vlm.evaluation.choices import listed, score_choices, score_circular, score_scienceqa
 from vlm.evaluation.result import Sample
 from vlm.evaluation.task import Advance, Job, Judged, Metric, Prediction, Task, without_broken
 from vlm.evaluation.vqa import PROTOCOLS, VqaScores, vqa_accuracy
+from vlm.evaluation.yes_no import MME_METRICS, POPE_METRICS, score_mme, score_pope
 
 __all__ = ["TASKS", "Metric", "Prediction", "Task", "answer_questions", "whole_pictures"]
 
@@ -19,12 +23,19 @@ def answer_questions(model: Any, job: Job, batch_size: int, advance: Advance) ->
         raise UnsupportedTask(f"{type(model).__name__} cannot answer questions; generative models can")
     predictions: list[Prediction] = [Prediction(None)] * len(job.records)
     for chunk in whole_pictures(job.records, batch_size):
-        questions = [job.plan.prompt.replace("{question}", job.records[index].question or "") for index in chunk]
+        questions = [filled_prompt(job.plan.prompt, job.records[index]) for index in chunk]
         images = [job.records[index].images[0] for index in chunk]
         for index, prediction in zip(chunk, _answer(model, images, questions, job.plan.decoding), strict=True):
             predictions[index] = prediction
         advance(len(chunk))
     return predictions
+
+
+def filled_prompt(prompt: str, record: Record) -> str:
+    """A prompt about a record: `{question}`, `{choices}` one a line (`A. first`), `{hint}` with a line break behind."""
+    hint = str(record.meta.get("hint") or "").strip()
+    values = {"question": record.question or "", "choices": listed(record), "hint": f"{hint}\n" if hint else ""}
+    return re.sub(r"\{(question|choices|hint)\}", lambda match: values[match[1]], prompt)
 
 
 def whole_pictures(records: Sequence[Record], size: int) -> Iterator[list[int]]:
@@ -70,7 +81,21 @@ def _check_vqa(record: Record) -> None:
         raise VlmError(f"record {record.id!r} has {len(record.images)} pictures; the task vqa asks about one")
 
 
-def _score_vqa(records: Sequence[Record], texts: Sequence[str | None], protocol: str) -> VqaScores:
+# Protocol -> how it scores. Those of `vlm.evaluation.vqa` are the soft accuracy; adding one is one entry here.
+SCORERS: dict[str, Scorer] = {
+    "gqa": score_gqa,
+    "aokvqa": score_aokvqa,
+    "scienceqa": score_scienceqa,
+    "choices": score_choices,
+    "circular": score_circular,
+    "pope": score_pope,
+    "mme": score_mme,
+}
+
+
+def _score_answers(records: Sequence[Record], texts: Sequence[str | None], protocol: str) -> VqaScores | AnswerScores:
+    if protocol in SCORERS:
+        return SCORERS[protocol](records, texts)
     return vqa_accuracy(
         texts,
         [record.answers for record in records],
@@ -83,7 +108,9 @@ def _score_vqa(records: Sequence[Record], texts: Sequence[str | None], protocol:
 def _judge_vqa(job: Job, predictions: list[Prediction], protocol: str) -> Judged:
     score = TASKS["vqa"].metrics[job.plan.metric].score
     assert score is not None
-    found: VqaScores = score(job.records, [prediction.text for prediction in predictions], protocol)
+    found = answer_scores(
+        score(job.records, [prediction.text for prediction in predictions], protocol), job.plan.metric
+    )
     samples = [
         Sample(
             id=record.id,
@@ -97,11 +124,19 @@ def _judge_vqa(job: Job, predictions: list[Prediction], protocol: str) -> Judged
         for record, prediction, value in zip(job.records, predictions, found.per_sample, strict=True)
     ]
     return Judged(
-        scores={job.plan.metric: job.diluted(found.accuracy, len(samples))},
+        scores={name: job.diluted(value, len(samples)) for name, value in found.scores.items()},
         samples=samples,
-        contributions={job.plan.metric: list(found.per_sample)},
-        tables={"per_question_type": found.per_question_type, "per_answer_type": found.per_answer_type},
+        contributions=found.contributions,
+        tables=found.tables,
     )
+
+
+def answer_scores(found: VqaScores | AnswerScores, metric: str) -> AnswerScores:
+    """Scores of one number a question as those of a metric."""
+    if isinstance(found, AnswerScores):
+        return found
+    tables = {"per_question_type": found.per_question_type, "per_answer_type": found.per_answer_type}
+    return AnswerScores(found.per_sample, {metric: found.accuracy}, {metric: [*found.per_sample]}, tables)
 
 
 def _errors(predictions: list[Prediction]) -> list[str | None]:
@@ -113,7 +148,11 @@ TASKS: dict[str, Task] = {
         ask=answer_questions,
         judge=_judge_vqa,
         check=_check_vqa,
-        metrics={"accuracy": Metric(_score_vqa, PROTOCOLS)},
+        metrics={
+            "accuracy": Metric(_score_answers, (*PROTOCOLS, *SCORERS)),
+            **{name: Metric(_score_answers, ("pope",)) for name in POPE_METRICS if name != "accuracy"},
+            **{name: Metric(_score_answers, ("mme",)) for name in MME_METRICS if name != "accuracy"},
+        },
         problems=_errors,
         outputs_of=list,
         prompt="{question}",
