@@ -149,13 +149,8 @@ def test_pope_scores_lie_between_0_and_100_and_in_their_intervals(rows: list[tup
 
 
 def test_mme_by_hand() -> None:
-    assert [mme_answer(text) for text in ("Yes", " yes, it is", "No.", "I do not", "none")] == [
-        "yes",
-        "yes",
-        "no",
-        None,
-        "no",
-    ]
+    read = [mme_answer(text) for text in ("Yes", " yes, it is", "No.", "I do not", "none")]
+    assert read == ["yes", "yes", "no", None, "no"]
     records = [
         asked("1", "Yes", "a.jpg", category="color"),
         asked("2", "No", "a.jpg", category="color"),
@@ -187,9 +182,8 @@ def test_the_task_gives_every_metric_of_a_protocol_with_an_interval(protocol: st
     plan = load_benchmark("vqav2", [f"protocol={protocol}", "also=[]"])
     records = [choosing(str(n), 0, "yes", "no", category="x") for n in range(4)]
     job = Job(plan, records, records, unreadable=4)
-    judged = TASKS["vqa"].judge(
-        job, [Prediction("yes"), Prediction("A"), Prediction("No"), Prediction(None, "broken")], protocol
-    )
+    said = [Prediction("yes"), Prediction("A"), Prediction("No"), Prediction(None, "broken")]
+    judged = TASKS["vqa"].judge(job, said, protocol)
     assert judged.scores.keys() == judged.contributions.keys()
     assert judged.scores["accuracy"] <= 50  # as many could not be read
     assert judged.samples[3].error == "broken"
