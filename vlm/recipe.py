@@ -51,6 +51,8 @@ class DataSection(Strict):
     group_by_modality_length: batches hold samples with pictures or samples without, sorted by length (LLaVA-1.5).
     shuffle_buffer: samples of WebDataset shards that are shuffled together, rounded up to whole shards.
     workers: threads that decode and tokenise the next batch while this one trains; 0 does it in between.
+    cached_views: with `augment: true` and a frozen encoder, crops of each picture whose features are kept; each time
+        one of them is drawn. 0: every crop is new, and encoded.
     """
 
     train: list[DataSpec] = Field(min_length=1)
@@ -58,6 +60,7 @@ class DataSection(Strict):
     max_length: int | None = Field(default=None, ge=8)
     cache_features: bool = True
     augment: bool | None = None
+    cached_views: int = Field(default=0, ge=0)
     group_by_modality_length: bool = False
     shuffle_buffer: int = Field(default=50_000, ge=1)
     workers: int = Field(default=0, ge=0)

@@ -3,19 +3,21 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.data.catalogue import find_shards, load_dataset
-from vlm.data.feature_cache import cache_features
+from vlm.data.content_hash import content_hash
+from vlm.data.feature_cache import PictureFeatures, cache_features
 from vlm.data.grouping import GroupedOrder
 from vlm.data.images import load_image
 from vlm.data.mixing import MixtureOrder
 from vlm.data.samples import Sample
 from vlm.data.sharded_samples import ShardedSamples, Unread, shard_sizes
+from vlm.data.transforms import ImageTransform
 from vlm.errors import VlmError
 from vlm.recipe import DataSection, DataSpec
 
@@ -159,10 +161,16 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     for _, broken in loaded:
         for where, reason in broken:
             source.skip(where, reason)
-    features = model.picture_features() if section.cache_features and not section.augment else None
+    wanted = section.cache_features and (not section.augment or section.cached_views)
+    features = model.picture_features() if wanted else None
+    if section.cached_views and (features is None or not section.augment):
+        raise VlmError("data.cached_views: needs a frozen image encoder, data.cache_features and data.augment=true")
     if features is not None and (paths := _pictures(sources)):
-        cache = cache_features(features, paths, announce=log)
-        source.load_picture = lambda path, step: cache(path)
+        if section.cached_views:
+            source.load_picture = _kept_crops(features, model.image_encoder.transform, section, seed, paths, log)
+        else:
+            cache = cache_features(features, paths, announce=log)
+            source.load_picture = lambda path, step: cache(path)
     if section.cache_features and not any(shards):
         model.keep_text_features([text for samples in sources for sample in samples for text in sample.texts], log)
     return source
@@ -175,11 +183,37 @@ def _pixels(encoder: Any, section: DataSection, seed: int) -> Callable[[str, int
         return lambda path, step: encoder.transform.eval(load_image(path))
 
     def crop(path: str, step: int) -> Tensor:
-        key = hashlib.blake2b(f"{seed} {step} {path}".encode(errors="surrogateescape"), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+        generator = torch.Generator().manual_seed(_number(seed, step, path))
         return encoder.transform.train(load_image(path), generator)
 
     return crop
+
+
+def _kept_crops(
+    features: PictureFeatures,
+    transform: ImageTransform,
+    section: DataSection,
+    seed: int,
+    paths: Sequence[str],
+    log: Callable[[str], None],
+) -> Callable[[str, int], Tensor]:
+    """Features of one of a few crops of a picture; its content and the seed decide what they show, the step which."""
+    caches = []
+    for view in range(section.cached_views):
+
+        def load(path: str, view: int = view) -> Tensor:
+            generator = torch.Generator().manual_seed(_number(seed, view, content_hash(path)))
+            return transform.train(load_image(path), generator)
+
+        crop = replace(features, kind=f"{features.kind}-crop{seed}.{view}", load=load)
+        caches.append(cache_features(crop, paths, announce=log))
+    return lambda path, step: caches[_number(seed, step, path) % len(caches)](path)
+
+
+def _number(*parts: Any) -> int:
+    """63 bits that depend on the parts alone."""
+    text = " ".join(map(str, parts)).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def _pictures(sources: Sequence[Sequence[Sample]]) -> list[str]:
