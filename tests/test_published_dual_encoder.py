@@ -331,3 +331,10 @@ def test_published_logits_need_one_published_model_with_such_logits(tiny_folder:
     wrong = DualEncoderSpec.model_validate({**spec, "bridge": {**spec["bridge"], "logits": "softmax"}})
     with pytest.raises(VlmError, match=r"bridge\.logits: softmax: the published model has sigmoid logits"):
         build_model(wrong)
+
+
+def test_weights_that_cannot_be_fetched_are_one_line_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(VlmError, match=r"^open_clip:ViT-B-32/laion2b_e16: Failed to download") as error:
+        load_model("open_clip:ViT-B-32/laion2b_e16")
+    assert "\n" not in str(error.value)
+    assert caplog.records == []

@@ -88,8 +88,8 @@ def create_open_clip(reference: str, **options: Any) -> Any:
         options["force_preprocess_cfg"] = _usual_preprocessing([open_clip.get_pretrained_cfg(arch, t) for t in tags])
     pretrained = (str(file) if file.is_file() else tag) if tag else None
     disabled = logging.root.manager.disable
-    if not tag:
-        logging.disable(logging.WARNING)  # it warns about random weights even where they are asked for
+    # It warns about random weights even where they are asked for, and says twice what it raises.
+    logging.disable(max(disabled, logging.ERROR))
     try:
         model = open_clip.create_model(arch, pretrained=pretrained, pretrained_image=False, **options)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
