@@ -95,6 +95,7 @@ def test_settings_are_the_published_ones(name, batch, lr, epochs, template, resi
     assert (recipe.schedule.name, recipe.schedule.warmup, recipe.optimizer.weight_decay) == ("cosine", 0.03, 0.0)
     assert recipe.data.max_length == 2048
     assert recipe.train.gradient_checkpointing
+    assert recipe.train.fsdp == ("language_model.*" in recipe.trainable)
 
 
 @pytest.mark.parametrize("name", ["llava15_finetune", "llava15_finetune_lora"])

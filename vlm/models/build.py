@@ -103,8 +103,13 @@ def _first(precision: str, fallback: str) -> str:
     return precision if precision != "auto" else fallback
 
 
-def save_model_folder(model: Any, trainable: list[str], folder: Path) -> None:
-    """Write `model.yaml` and the trained weights aside, then put them in place at once."""
+def save_model_folder(
+    model: Any, trainable: list[str], folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write `model.yaml` and the trained weights aside, then put them in place at once.
+
+    weights: `trained_state` of the model, where it lies in shards that one process alone cannot read.
+    """
     from safetensors.torch import save_file
 
     import vlm
@@ -112,7 +117,7 @@ def save_model_folder(model: Any, trainable: list[str], folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file(trained_state(model), aside / WEIGHTS, metadata={"format": "pt"})
+    save_file(trained_state(model) if weights is None else weights, aside / WEIGHTS, metadata={"format": "pt"})
     description = ModelDescription(
         vlm=vlm.__version__, model=model.spec, trainable=list(trainable), fingerprints=_fingerprints(model)
     )

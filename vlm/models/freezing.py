@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import VlmError, did_you_mean
+from vlm.models.sharded import spread_like, whole
 
 _LORA = re.compile(r"^(?P<owner>.*?)\.(?:network\.)?(?P<layer>.*)\.lora_(?P<side>A|B)\.default\.(?P<kind>weight|bias)$")
 
@@ -70,7 +71,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters by logical name, on the CPU."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in named_trainable(model)}
+    return {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in named_trainable(model)}
 
 
 @torch.no_grad()
@@ -92,7 +93,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor], where: str, p
     if missing and not partial:
         raise VlmError(f"{where}: lacks {_some(missing)}")
     for name, value in state.items():
-        parameters[name].copy_(value)
+        parameters[name].copy_(spread_like(value, parameters[name]))
     return missing
 
 

@@ -17,6 +17,7 @@ from vlm.devices import pick_device, pick_precision
 from vlm.errors import VlmError
 from vlm.models.build import build_model, read_weights, save_model_folder
 from vlm.models.freezing import load_trained_state, named_trainable, trained_state
+from vlm.models.sharded import load_optimizer_state, whole_optimizer_state
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
 from vlm.training.memory import checkpoint_layers
@@ -24,6 +25,7 @@ from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
+from vlm.training.sharding import shard_task
 from vlm.training.source import Placed, Prepared, build_source
 from vlm.training.task import FirstPass, Task, add_reports
 
@@ -86,12 +88,16 @@ class Trainer:
         self.steps = recipe.train.steps or math.ceil(
             (recipe.train.epochs or 1) * self.source.num_samples / recipe.train.batch_size
         )
+        task = Task(self.model, recipe.objectives)
+        if recipe.train.fsdp:
+            shard_task(task, recipe, self.world, self.device, self.precision)
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = 0
         self.bad_steps = 0
         if resume:
             self._resume()
-        self.task: Any = self.accelerator.prepare_model(Task(self.model, recipe.objectives))
+        self.task: Any = task if recipe.train.fsdp else self.accelerator.prepare_model(task)
+        self._spare: Any = None  # what a process computes in vain where shards need it to take part
         self.parameters = [p for _, p in named_trainable(self.model)]
         self.meter = Meter()
         self.stopping = False
@@ -122,7 +128,7 @@ class Trainer:
             self.report.say(f"{self.folder.path} holds no checkpoint: starting from the beginning")
         else:
             load_trained_state(self.model, checkpoint.weights(), where=str(checkpoint.folder))
-            self.optimizer.load_state_dict(checkpoint.optimizer())
+            load_optimizer_state(self.optimizer, checkpoint.optimizer())
             self.step = checkpoint.step
             self.source.broken.update(checkpoint.state["broken"])
             if self.accelerator.scaler is not None:
@@ -192,6 +198,7 @@ class Trainer:
         rounds = math.ceil(math.ceil(len(samples) / self.world) / size)  # of the process that has most
         if self._unwrapped.needs_pairs and not batches:
             batches = [self.model.empty_batch()]
+        self._spare = batches[-1] if batches else self._spare
         batches += [None] * (rounds - len(batches))
         first = self._first_pass(batches, counts, seed) if rounds > 1 else None
 
@@ -200,7 +207,10 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
-                loss, parts = self.task(batch, counts, seed, first, number)
+                idle = batch is None and section.fsdp
+                loss, parts = self.task(self._spare if idle else batch, counts, seed, first, number)
+                if idle:
+                    loss, parts = loss * 0.0, {}
                 # DistributedDataParallel averages over processes; shares of one global mean must add up.
                 self.accelerator.backward(loss * self.world)
             reports.append({"loss": loss.detach(), **parts})
@@ -236,6 +246,8 @@ class Trainer:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         finite = gradients_finite(self.parameters) and math.isfinite(losses["loss"])
+        if self.recipe.train.fsdp:  # each process sees its share of the gradients, and all must do the same
+            finite = not self.accelerator.reduce(torch.tensor(float(not finite), device=self.device)).item()
         if finite:
             if self.recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
@@ -328,11 +340,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from which the run goes on exactly."""
+        weights, optimizer = trained_state(self.model), whole_optimizer_state(self.optimizer)  # all processes together
         if self.rank == 0:
             save_checkpoint(
                 self.folder.checkpoints,
-                trained_state(self.model),
-                self.optimizer.state_dict(),
+                weights,
+                optimizer,
                 {"step": self.step, "broken": self.source.broken, "scaler": self._scaler_state()},
                 keep=self.recipe.train.keep_checkpoints,
             )
@@ -343,8 +356,9 @@ class Trainer:
 
     def _finish(self) -> None:
         self.model.eval()
+        weights = trained_state(self.model)
         if self.rank == 0:
-            save_model_folder(self.model, self.recipe.trainable, self.folder.model)
+            save_model_folder(self.model, self.recipe.trainable, self.folder.model, weights)
         if self.recipe.evaluation.benchmarks:
             self._evaluate()
         if self.source.broken:

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlm.errors import VlmError, did_you_mean
 from vlm.models.freezing import named_trainable
@@ -61,5 +62,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def gradients_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether no gradient holds NaN or infinity."""
-    return all(bool(torch.isfinite(p.grad).all()) for p in parameters if p.grad is not None)
+    """Whether no gradient holds NaN or infinity; of shards, those of this process."""
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    return all(bool(torch.isfinite(g.to_local() if isinstance(g, DTensor) else g).all()) for g in gradients)

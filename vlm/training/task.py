@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlm.errors import VlmError, did_you_mean
 from vlm.objectives import OBJECTIVES, Objective, Pairs, ReadOuts
@@ -87,7 +88,10 @@ class Task(nn.Module):
         it, the batch holds all that this process has in this step.
         """
         # Every trained parameter takes part, also where a batch shows no picture: processes must agree on gradients.
-        nothing = sum((p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad), start=torch.zeros(()))
+        nothing = sum(
+            (p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)),
+            start=torch.zeros(()),
+        )
         if batch is None:
             return nothing, {}
         read = ReadOuts(self.model, batch)
