@@ -38,6 +38,21 @@ def test_the_projector_of_every_layout_is_taken(tiny_folder, tmp_path, recipe, f
     assert trainer.train().finished
 
 
+def test_a_published_model_is_trained_on_as_a_whole(tiny_folder, recipe):
+    """Its tower and its language model are parts by its name, its projector is where the bridge starts."""
+    from vlm import load_model
+    from vlm.models.published_llava import llava_spec, read_llava
+
+    folder = tiny_folder(_llava)
+    made = recipe(folder)
+    made = made.model_copy(update={"model": llava_spec(read_llava(str(folder))), "trainable": ["bridge.*"]})
+    trainer = Trainer(made, quiet=True)
+    published = load_model(folder, "cpu", "fp32")
+    torch.testing.assert_close(trainer.model.state_dict(), published.state_dict(), rtol=0, atol=0)
+    assert trainer.train().finished
+    assert load_model(trainer.folder.path, "cpu", "fp32").spec.template == "vicuna_v1"
+
+
 def test_a_projector_for_another_language_model_is_refused(tmp_path, recipe):
     state = {"model.mm_projector.0.weight": torch.zeros(48, 32), "model.mm_projector.0.bias": torch.zeros(48)}
     save_file(state, tmp_path / "mm_projector.safetensors")

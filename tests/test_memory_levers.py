@@ -11,7 +11,7 @@ from vlm.models.build import build_model
 from vlm.objectives.lm import lm_loss
 from vlm.objectives.objective import ReadOuts
 from vlm.recipe import ObjectiveSpec
-from vlm.training.memory import checkpoint_layers
+from vlm.training.memory import activations_on_cpu, checkpoint_layers
 
 KINDS = ["llama", "qwen2", "opt", "gpt2", "t5"]
 
@@ -67,6 +67,38 @@ def test_a_model_without_such_layers_refuses_checkpointing(tiny_folder):
     encoder = build_image_encoder(ImageEncoderSpec(name=f"timm:{tiny_folder(tiny_timm_image_model, 'convnext')}"))
     with pytest.raises(VlmError, match="gradient_checkpointing"):
         checkpoint_layers(encoder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_that_wait_elsewhere_come_back_as_they_were(tiny_folder, tmp_path, kind):
+    spec = generative_spec(tiny_folder, kind, language={"lora": {"rank": 2, "alpha": 8}})
+    model = build_model(spec, ["bridge.*", "language_model.lora.*"], device="cpu", precision="fp32").train()
+    (path,) = pictures(tmp_path, 1)
+    text = model.tokenize(model.question_messages("what?", "a red circle"))
+    batch = model.collate([([text], (path,))]).with_images(model._pixels)
+    results = []
+    for on in (False, True):
+        model.zero_grad()
+        with activations_on_cpu(on, pinned=False):
+            loss, _ = lm_loss(ReadOuts(model, batch), ObjectiveSpec(name="lm"))
+        loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
+def test_offload_without_a_gpu_is_one_line(tiny_folder, tmp_path):
+    recipe = tiny_recipe(tiny_folder, conversations(tmp_path / "data"), tmp_path / "run", cpu_offload=True)
+    with pytest.raises(VlmError, match=r"train\.cpu_offload: training runs on cpu"):
+        train(recipe, quiet=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offload needs a CUDA device")
+def test_a_run_with_offload_is_the_run_without(tiny_folder, tmp_path):
+    data = conversations(tmp_path / "data")
+    for name, on in (("without", False), ("with", True)):
+        train(tiny_recipe(tiny_folder, data, tmp_path / name, cpu_offload=on, precision="fp32"), quiet=True)
+    torch.testing.assert_close(losses(tmp_path / "with"), losses(tmp_path / "without"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")

@@ -94,6 +94,7 @@ class TrainSection(Strict):
 
     batch_size: samples of one optimiser step over all processes; with `share_image` a sample is a picture with its
     questions. micro_batch_size: samples that go through the model at once (memory); the result does not depend on it.
+    cpu_offload: what the forward pass keeps for the backward pass waits in the CPU's memory (CUDA only).
     fsdp: share weights, gradients and optimiser among processes (full shard), where they do not fit on one.
     gradient_checkpointing: compute the inside of transformer layers again in the backward pass (memory for time).
     """
@@ -105,6 +106,7 @@ class TrainSection(Strict):
     seed: int = 0
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    cpu_offload: bool = False
     fsdp: bool = False
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)

@@ -20,7 +20,7 @@ from vlm.models.freezing import load_trained_state, named_trainable, trained_sta
 from vlm.models.sharded import load_optimizer_state, whole_optimizer_state
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
-from vlm.training.memory import checkpoint_layers
+from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers
 from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
@@ -81,6 +81,8 @@ class Trainer:
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
             self._start_from(Path(recipe.init_from).expanduser())
+        if recipe.train.cpu_offload:
+            check_offload(self.device)
         if recipe.train.gradient_checkpointing:
             checkpoint_layers(self.model)
         with self._one_at_a_time():
@@ -208,7 +210,8 @@ class Trainer:
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
                 idle = batch is None and section.fsdp
-                loss, parts = self.task(self._spare if idle else batch, counts, seed, first, number)
+                with activations_on_cpu(section.cpu_offload):
+                    loss, parts = self.task(self._spare if idle else batch, counts, seed, first, number)
                 if idle:
                     loss, parts = loss * 0.0, {}
                 # DistributedDataParallel averages over processes; shares of one global mean must add up.

@@ -1,6 +1,7 @@
 """Memory levers of training."""
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,3 +37,35 @@ def _checkpointed(forward: Any) -> Any:
         return checkpoint(forward, *arguments, use_reentrant=False, **options)
 
     return wrapped
+
+
+def check_offload(device: torch.device) -> None:
+    """Raises VlmError where activations would move from the CPU to the CPU."""
+    if device.type != "cuda":
+        raise VlmError(
+            f"train.cpu_offload: training runs on {device.type}, which has no GPU memory to save: set it to false"
+        )
+
+
+def activations_on_cpu(on: bool, pinned: bool = True) -> AbstractContextManager[Any]:
+    """While a forward pass runs in this, what it keeps for the backward pass waits in the CPU's memory, if `on`.
+
+    Parameters stay where they are: they are kept anyway. pinned: page-locked memory, to which a GPU copies faster.
+    """
+    if not on:
+        return nullcontext()
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if tensor.is_leaf or isinstance(tensor._base, nn.Parameter):  # the latter: a weight seen transposed
+            return tensor
+        waiting = torch.empty(tensor.shape, dtype=tensor.dtype, layout=tensor.layout, pin_memory=pinned)
+        waiting.copy_(tensor)
+        return tensor.device, waiting
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, waiting = packed
+        return waiting.to(device, non_blocking=pinned)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
