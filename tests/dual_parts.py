@@ -42,7 +42,8 @@ def dual_recipe(tiny_folder: Callable[..., Path], file: Path, output: Path, **op
         "model": dual_spec(tiny_folder, **options.pop("model", {})),
         "objectives": ["itc"],
         "data": {"train": [{"dataset": str(file), "format": "captions_jsonl"}], **options.pop("data", {})},
-        "optimizer": {"lr": 1e-2},
+        # A larger eps than usual: where gradients are tiny, Adam makes steps of their rounding.
+        "optimizer": {"lr": 1e-2, "eps": 1e-4},
         "train": {"batch_size": 6, "steps": 6, "log_every": 1, "checkpoint_every": 3, **options.pop("train", {})},
         "output": str(output),
         **options,
