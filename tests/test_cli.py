@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from vlm.cli import main as umbrella
 from vlm.cli.main import app
 from vlm.cli.parts import SOURCES, STARTER_PARTS
 from vlm.cli.train import app as train_app
@@ -178,7 +178,9 @@ def test_an_unknown_cache_entry_is_one_line_with_a_suggestion(cache: Path) -> No
     assert len(names(cache)) == 3
 
 
-def test_quickstart_trains_both_recipes_then_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_trains_scores_and_shows_each_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm.cli import quickstart
+
     monkeypatch.chdir(tmp_path)
     calls: list[tuple] = []
 
@@ -188,15 +190,24 @@ def test_quickstart_trains_both_recipes_then_scores(tmp_path: Path, monkeypatch:
         model.mkdir(parents=True)
         (model / "model.yaml").touch()
 
+    stages = [replace(stage, show=lambda folder: calls.append(("show", folder))) for stage in quickstart.STAGES[:1]]
+    monkeypatch.setattr(quickstart, "STAGES", (*stages, *quickstart.STAGES[1:]))
+    monkeypatch.setattr("vlm.cli.data.prepare", lambda name: calls.append(("prepare", name)))
     monkeypatch.setattr("vlm.cli.train.train", train)
     monkeypatch.setattr("vlm.cli.eval.evaluate", lambda names, model, limit: calls.append((names, model, limit)))
     done = RUN.invoke(app, ["quickstart", "train.steps=3", "--limit", "5"])
-    assert done.exit_code == 0, done.stderr
-    first, second = umbrella.QUICKSTART
-    score = (["easy_vqa"], f"runs/{second}", 5)
-    assert calls == [(first, ["train.steps=3"], False), (second, ["train.steps=3"], False), score]
+    assert done.exit_code == 0, done.output
+    expected: list[tuple] = [("prepare", "openmoji")]
+    scores: list[tuple] = []
+    for stage in quickstart.STAGES:
+        expected += [(name, ["train.steps=3"], False) for name in stage.recipes]
+        score: list[tuple] = [([stage.benchmark], f"runs/{stage.recipes[-1]}", 5)]
+        score += [("show", Path(f"runs/{stage.recipes[-1]}"))] if stage.show else []
+        expected += score
+        scores += score
+    assert calls == expected
     RUN.invoke(app, ["quickstart", "--limit", "5"])
-    assert calls[3:] == [score]  # what is trained stays
+    assert calls[len(expected) :] == [("prepare", "openmoji"), *scores]  # what is trained stays
 
 
 # --- vlm-train -------------------------------------------------------------------------------------------------------

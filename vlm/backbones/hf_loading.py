@@ -54,6 +54,7 @@ def load_strictly(cls: Any, reference: str, unused: Iterable[str] = (), optional
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()  # a bar per part hides what the command itself has to say
     logging.set_verbosity_error()  # its report of left-over keys is replaced by the account below
     try:
         # Shapes that differ are an error below; without this option they are one that does not name the keys.

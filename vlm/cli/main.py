@@ -13,8 +13,7 @@ from vlm.cli.data import AsJson
 from vlm.cli.data import app as data_app
 from vlm.cli.errors import one_line_errors
 from vlm.cli.export import export
-
-QUICKSTART = ("starter/llava_pretrain", "starter/llava_finetune")
+from vlm.cli.quickstart import quickstart
 
 
 class _OneLineErrors(TyperGroup):
@@ -36,6 +35,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 app.command()(export)
 app.command()(chat)
+app.command()(quickstart)
 
 
 def _show_version(wanted: bool) -> None:
@@ -117,41 +117,6 @@ def recipes(as_json: AsJson = False) -> None:
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ") if first.startswith("#") else ""
-
-
-@app.command()
-def quickstart(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For both recipes, e.g. train.steps=10")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first N questions.")] = None,
-) -> None:
-    """Train the starter recipes and score the result on easy-VQA. What is trained already stays as it is."""
-    import time
-
-    from vlm.cli.eval import evaluate
-    from vlm.cli.train import train
-    from vlm.recipe import load_recipe
-
-    minutes: dict[str, float] = {}
-    folder = Path()
-    for name in QUICKSTART:
-        folder = Path(load_recipe(name, overrides or []).output).expanduser()
-        done = folder / "model" / "model.yaml"
-        if done.is_file():
-            typer.echo(f"{folder} is trained already; delete it to train again")
-            continue
-        typer.echo(f"$ {' '.join(['vlm-train', name, *(overrides or [])])}")
-        began = time.monotonic()
-        train(name, overrides, resume=(folder / "recipe.yaml").is_file())
-        minutes[f"vlm-train {name}"] = (time.monotonic() - began) / 60
-        if not done.is_file():  # stopped by SIGTERM: the next quickstart goes on here
-            return
-    typer.echo(f"$ vlm-eval easy_vqa --model {folder}")
-    began = time.monotonic()
-    evaluate(["easy_vqa"], model=str(folder), limit=limit)
-    minutes["vlm-eval easy_vqa"] = (time.monotonic() - began) / 60
-    typer.echo("minutes: " + ", ".join(f"{what} {spent:.1f}" for what, spent in minutes.items()))
 
 
 def main() -> None:
