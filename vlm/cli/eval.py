@@ -1,6 +1,7 @@
 """`vlm-eval`: score a model, or a file of predictions, on benchmarks."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,9 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records asked at once.")] = 64,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep answers, and take those the model gave before.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json, one line per benchmark.")] = False,
     show_list: Annotated[
         bool, typer.Option("--list", help="List the benchmarks that travel with the library.")
@@ -60,7 +64,7 @@ def evaluate(
             raise VlmError("give either --model NAME or --predictions FILE")
         if predictions is not None and len(names) > 1:
             raise VlmError(f"--predictions holds the answers of one benchmark, but {len(names)} are named")
-        _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial)
+        _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial, cache)
 
 
 def _evaluate_all(
@@ -73,10 +77,12 @@ def _evaluate_all(
     batch_size: int,
     as_json: bool,
     partial: bool,
+    cache: bool,
 ) -> None:
     from vlm.evaluation import load_benchmark
     from vlm.evaluation.runner import default_output, evaluate
 
+    is_first = os.environ.get("RANK", "0") == "0"  # under torchrun one process prints
     plans = [load_benchmark(name, overrides) for name in names]  # a misspelt one stops before a model is loaded
     loaded: Any = None
     if model is not None:
@@ -96,7 +102,10 @@ def _evaluate_all(
             batch_size=batch_size,
             model_name=model,
             partial=partial,
+            cache=cache,
         )
+        if not is_first:
+            continue
         if as_json:
             print(json.dumps(result.summary(), ensure_ascii=False))
         else:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from vlm.evaluation.baselines import blind_baselines
 from vlm.evaluation.benchmark import Benchmark, differences, load_benchmark
 from vlm.evaluation.intervals import Parts, bootstrap_interval
 from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
+from vlm.evaluation.responses import Responses, gathered, identity_of, processes, sample_key
 from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
-from vlm.evaluation.task import Job
-from vlm.evaluation.tasks import TASKS, answer_scores
+from vlm.evaluation.task import Job, Prediction
+from vlm.evaluation.tasks import TASKS, answer_scores, whole_pictures
 
 
 def evaluate(
@@ -28,6 +30,7 @@ def evaluate(
     progress: bool = True,
     model_name: str | None = None,
     partial: bool = False,
+    cache: bool = True,
 ) -> EvaluationResult:
     """Score a model, or a file of predictions, on a benchmark, and write results.json, samples.jsonl and report.html.
 
@@ -36,6 +39,9 @@ def evaluate(
     predictions: `[{question_id, answer}]`, `[{image_id, caption}]` or an earlier samples.jsonl, about exactly the data
     set's records; partial: score those that are there, the first of several.
     limit: only the first N records. batch_size: records asked at once; questions of one picture always go together.
+    cache: keep a model's answers and take those it gave before to the same questions about the same pictures, so that a
+    killed evaluation goes on; models without weights are asked anew. Under torchrun the questions are shared out, every
+    process gets the whole result and the first one writes it.
     output: folder to write to; by default `eval/<benchmark>` in the run folder, else `eval-results/<benchmark>`.
 
     Samples that cannot be read count as wrong and are listed. Raises VlmError on anything the user can mend.
@@ -81,7 +87,7 @@ def evaluate(
 
             model = load_model(str(model))
         with _progress(f"{plan.name}", len(records), progress) as advance:
-            outputs = task.ask(model, job, batch_size, advance)
+            outputs = _asked(model, job, batch_size, advance, cache)
         problems = task.problems(outputs)
         if problems and all(problems):
             raise VlmError(
@@ -98,8 +104,39 @@ def evaluate(
         "interval": "95 % bootstrap over pictures, 1000 resamples, seed 0",
     }
     result = _score(job, outputs, name, folder, unreadable, settings, began)
-    write_result(result)
+    if processes()[0] == 0:
+        write_result(result)
     return result
+
+
+def _asked(model: Any, job: Job, batch_size: int, advance: Callable[[int], None], cache: bool) -> Any:
+    """The outputs for all records: what is known already, what this process asks, and what others do."""
+    task, plan = TASKS[job.plan.task], job.plan
+    if task.request is None:
+        return task.ask(model, job, batch_size, advance)
+    rank, world = processes()
+    identity = identity_of(model, plan) if cache else None
+    kept = Responses(identity, rank) if identity is not None else None
+    found: dict[int, Prediction] = {}
+    keys: list[str | None] = []
+    for number, record in enumerate(job.records):
+        keys.append(sample_key(record, task.request(plan.prompt, record)) if kept else None)
+        if kept and (known := kept.get(keys[-1])):
+            found[number] = known
+    # Every process parts all the records alike, whatever it knows of their answers: none is asked twice or left out.
+    for chunk in list(whole_pictures(job.records, batch_size))[rank::world]:
+        unknown = [number for number in chunk if number not in found]
+        if unknown:
+            part = replace(job, records=[job.records[number] for number in unknown])
+            said = task.ask(model, part, batch_size, lambda _: None)
+            if kept:
+                kept.add([keys[number] for number in unknown], said)
+            found |= dict(zip(unknown, said, strict=True))
+        advance(len(chunk))
+    if kept:
+        kept.close()
+    everything = gathered(found)
+    return [everything[number] for number in range(len(job.records))]
 
 
 def default_output(model: str | None, benchmark: str) -> Path:

@@ -80,6 +80,8 @@ class Task:
     outputs_of: predictions of a file, one per record -> outputs; None where a file cannot hold them.
     prompt: the default; prompt_fields: what a prompt must have a place for; own_prompt: without one the model's own
     is taken.
+    request: (prompt, record) -> what is asked of it, where records are asked one by one and `ask` gives a `Prediction`
+    for each; such answers are kept, resumed and shared by processes.
     keys: the benchmark's keys that only this task reads.
     noun: what is counted.
     """
@@ -93,6 +95,7 @@ class Task:
     prompt: str = ""
     prompt_fields: tuple[str, ...] = ()
     own_prompt: bool = False
+    request: Callable[[str, Record], str] | None = None
     keys: tuple[str, ...] = ()
     noun: str = "samples"
 
