@@ -12,6 +12,13 @@ from vlm.cli.main import app
 from vlm.models.build import build_model, save_model_folder
 from vlm.models.export_llava import export_llava
 
+
+def _llava(folder):
+    from llava_parts import tiny_llava
+
+    return tiny_llava(folder)
+
+
 QUESTIONS = ["what color is the shape?", "is it red?", "what"]
 SPEC = {"bridge": {"type": "mlp", "match_embeddings": False}}
 
@@ -145,6 +152,30 @@ def test_lora_needs_merge_and_a_full_folder_stays(tiny_folder, tmp_path):
     assert done.exit_code == 2
     assert "exists already" in done.output
     assert (run / "model.yaml").is_file()
+
+
+def test_adapters_trained_on_4_bits_are_added_to_the_whole_weights(tiny_folder, tmp_path):
+    run = _run(tiny_folder, tmp_path / "run")
+    description = (run / "model.yaml").read_text()
+    whole = load_model(run, "cpu", "fp32").answer(pictures(tmp_path, 3), QUESTIONS, max_new_tokens=6)
+    (run / "model.yaml").write_text(description.replace("quantization: none", "quantization: 4bit"))
+    done = CliRunner().invoke(app, ["export", str(run), "--merge", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (
+        load_model(tmp_path / "out", "cpu", "fp32").answer(pictures(tmp_path, 3), QUESTIONS, max_new_tokens=6) == whole
+    )
+
+
+def test_a_published_layout_is_exported_to_the_other(tiny_folder, tmp_path):
+    from llava_parts import original_llava
+
+    hf = tiny_folder(_llava)
+    merged = original_llava(hf, tmp_path, "projector")
+    done = CliRunner().invoke(app, ["export", str(merged), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    images = pictures(tmp_path, 3)
+    said = load_model(merged, "cpu", "fp32").answer(images, QUESTIONS, max_new_tokens=6)
+    assert load_model(tmp_path / "out", "cpu", "fp32").answer(images, QUESTIONS, max_new_tokens=6) == said
 
 
 def test_rows_for_the_picture_token_are_never_the_most_likely(tiny_folder, tmp_path):

@@ -28,9 +28,8 @@ def load_model(
     from vlm.models.build import DESCRIPTION, load_model_folder
 
     path = Path(name).expanduser()
-    for folder in (path, path / "model"):
-        if (folder / DESCRIPTION).is_file():
-            return load_model_folder(folder, device, _precision(dtype))
+    if (folder := model_folder(path)) is not None:
+        return load_model_folder(folder, device, _precision(dtype))
     if (path / "recipe.yaml").is_file():
         raise VlmError(f"{path}: this run has not written its model yet; go on with `vlm-train RECIPE --resume`")
     text = str(name)
@@ -46,6 +45,13 @@ def load_model(
         f"no model {text!r}: expected a run folder of vlm-train (it holds model/{DESCRIPTION}), a folder with "
         "config.json, a Hugging Face id such as openai/clip-vit-base-patch32, or open_clip:ARCH/TAG"
     )
+
+
+def model_folder(path: Path) -> Path | None:
+    """The folder of a trained model that `path` is or holds; None if it is none of ours."""
+    from vlm.models.build import DESCRIPTION
+
+    return next((folder for folder in (path, path / "model") if (folder / DESCRIPTION).is_file()), None)
 
 
 def _precision(dtype: "str | torch.dtype | None") -> str:

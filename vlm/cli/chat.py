@@ -104,7 +104,7 @@ def _streamer(model: Any) -> Any:
     """transformers' TextStreamer, which keeps what ends an answer to itself."""
     from transformers import TextStreamer
 
-    ends = model.answer_stops
+    ends = getattr(model, "answer_stops", [])
 
     class Printer(TextStreamer):
         held = ""

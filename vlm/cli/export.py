@@ -13,8 +13,12 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Write a LLaVA for transformers' `LlavaForConditionalGeneration`."""
-    from vlm.loading import load_model
+    from vlm.loading import load_model, model_folder
+    from vlm.models.build import load_model_folder
     from vlm.models.export_llava import export_llava
 
-    export_llava(load_model(run, "cpu", dtype), folder.expanduser(), merge)
+    trained = model_folder(Path(run).expanduser())
+    # Adapters that were trained on 4 or 8 bits are added to the whole weights.
+    model = load_model(run, "cpu", dtype) if trained is None else load_model_folder(trained, "cpu", dtype, False)
+    export_llava(model, folder.expanduser(), merge)
     typer.echo(f"{folder}: loads with transformers' LlavaForConditionalGeneration.from_pretrained, or load_model")

@@ -17,7 +17,7 @@ from vlm.bridges.dual_tower import DualTower
 from vlm.bridges.projection import Projection
 from vlm.devices import pick_device, pick_precision, storage_dtype
 from vlm.errors import VlmError
-from vlm.model_spec import DualEncoderSpec, GenerativeSpec, ImageEncoderSpec, ModelSpec
+from vlm.model_spec import DualEncoderSpec, GenerativeSpec, ImageEncoderSpec, LanguageModelSpec, ModelSpec
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.freezing import freeze_all_but, load_trained_state, trained_state
 from vlm.models.generative import GenerativeModel
@@ -126,13 +126,20 @@ def save_model_folder(
     os.replace(aside, folder)
 
 
-def load_model_folder(folder: Path, device: str | torch.device | None = None, precision: str = "auto") -> Any:
+def load_model_folder(
+    folder: Path, device: str | torch.device | None = None, precision: str = "auto", quantized: bool = True
+) -> Any:
     """A model from a folder written by `save_model_folder`, frozen and in eval mode.
 
+    quantized: hold the language model as it was trained on; False loads its whole weights instead.
     Raises VlmError if a file is missing, a key does not fit, or a frozen part is not the one it was trained with.
     """
     description = validate(ModelDescription, read_yaml(folder / DESCRIPTION), where=str(folder / DESCRIPTION))
-    model = build_model(description.model, description.trainable, device, precision)
+    spec = description.model
+    if not quantized and isinstance(language := getattr(spec, "language_model", None), LanguageModelSpec):
+        whole = language.model_copy(update={"quantization": "none"})
+        spec = spec.model_copy(update={"language_model": whole})
+    model = build_model(spec, description.trainable, device, precision)
     load_trained_state(model, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
     if precision == "fp32":
         for part, found in _fingerprints(model).items():
