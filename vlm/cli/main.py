@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from vlm.cli.cache import app as cache_app
 from vlm.cli.chat import chat
+from vlm.cli.compare import compare
 from vlm.cli.data import AsJson
 from vlm.cli.data import app as data_app
 from vlm.cli.errors import one_line_errors
@@ -35,6 +36,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 app.command()(export)
 app.command()(chat)
+app.command()(compare)
 app.command()(quickstart)
 
 
