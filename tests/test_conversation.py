@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer
+from tiny_models import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer, tiny_vicuna_tokenizer
 
 from vlm.data.conversation import (
     IMAGE_SLOT,
@@ -36,6 +36,7 @@ TOKENIZERS = {
     "bytes-with-end": lambda folder: tiny_tokenizer(folder, CHATML, bos=False, eos=True),
     "sentencepiece": lambda folder: tiny_sentencepiece_tokenizer(folder, legacy=False),
     "sentencepiece-legacy": lambda folder: tiny_sentencepiece_tokenizer(folder, legacy=True),
+    "vicuna": tiny_vicuna_tokenizer,
 }
 ENDS = {
     "plain": "\n",
@@ -54,11 +55,10 @@ def tokenizers(tmp_path_factory):
     loaded = {}
     for name, build in TOKENIZERS.items():
         folder = tmp_path_factory.mktemp("tokenizer")
-        tokenizer = build(folder)
-        if name.startswith("sentencepiece"):
-            tokenizer.chat_template = INST
-            tokenizer.save_pretrained(folder)
+        build(folder)
         loaded[name] = load_tokenizer(str(folder), "test")
+        if not loaded[name].chat_template:
+            loaded[name].chat_template = INST
     return loaded
 
 

@@ -97,6 +97,32 @@ def tiny_sentencepiece_tokenizer(folder: Path, legacy: bool = True) -> Any:
     return fast
 
 
+def tiny_vicuna_tokenizer(folder: Path) -> None:
+    """A tokeniser published as Vicuna's is: a sentencepiece model and its settings, no tokenizer.json."""
+    import io
+
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 5),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(written.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
 def randomize(model: nn.Module, std: float = 0.25, seed: int = 0) -> nn.Module:
     """Weights of visible size: library defaults (.02) leave a tiny model's outputs too alike to catch mistakes."""
     generator = torch.Generator().manual_seed(seed)
