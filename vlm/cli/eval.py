@@ -42,6 +42,9 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records asked at once.")] = 64,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Score nothing: write the file that EvalAI or the COCO server takes.")
+    ] = False,
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep answers, and take those the model gave before.")
     ] = True,
@@ -64,7 +67,29 @@ def evaluate(
             raise VlmError("give either --model NAME or --predictions FILE")
         if predictions is not None and len(names) > 1:
             raise VlmError(f"--predictions holds the answers of one benchmark, but {len(names)} are named")
+        if submit:
+            _submit_all(names, overrides, model, output, batch_size, cache)
+            return
         _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial, cache)
+
+
+def _submit_all(
+    names: list[str], overrides: list[str], model: str | None, output: Path | None, batch_size: int, cache: bool
+) -> None:
+    from vlm.evaluation import load_benchmark
+    from vlm.evaluation.runner import default_output
+    from vlm.evaluation.submission import submit
+    from vlm.loading import load_model
+
+    if model is None:
+        raise VlmError("--submit asks a model: give --model NAME")
+    plans = [load_benchmark(name, overrides) for name in names]
+    loaded = load_model(model)
+    for plan in plans:
+        folder = output or default_output(model, plan.name)
+        file = submit(plan, loaded, output=folder, batch_size=batch_size, model_name=model, cache=cache)
+        if os.environ.get("RANK", "0") == "0":
+            print(file)
 
 
 def _evaluate_all(

@@ -78,21 +78,21 @@ def write_result(result: EvaluationResult) -> None:
     from vlm.evaluation.report import render_report
 
     result.output.mkdir(parents=True, exist_ok=True)
-    with _replaced(result.output / "samples.jsonl") as file:
+    with replaced(result.output / "samples.jsonl") as file:
         for sample in result.samples:
             row = asdict(sample)
             if not sample.ranking:
                 del row["ranking"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    with _replaced(result.output / "report.html") as file:
+    with replaced(result.output / "report.html") as file:
         file.write(render_report(result))
-    with _replaced(result.output / "results.json") as file:
+    with replaced(result.output / "results.json") as file:
         json.dump(result.summary(), file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[TextIO]:
+def replaced(path: Path) -> Iterator[TextIO]:
     """Write aside, then rename, so that a file is never half-written."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

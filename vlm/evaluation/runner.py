@@ -57,11 +57,11 @@ def evaluate(
     if predictions is not None and task.outputs_of is None:
         raise VlmError(f"{plan.name}: the task {plan.task} cannot score a file of predictions; give a model")
     named = isinstance(model, (str, Path))
-    name = model_name or (str(predictions) if predictions is not None else _name_of(model))
+    name = model_name or (str(predictions) if predictions is not None else name_of(model))
     folder = Path(output) if output is not None else default_output(str(model) if named else None, plan.name)
     began = time.monotonic()
 
-    everything, unreadable = _records(plan, need_pictures=predictions is None)
+    everything, unreadable = records_of(plan, need_pictures=predictions is None)
     for record in everything:
         task.check(record)
     total = len(everything) + len(unreadable)
@@ -86,8 +86,8 @@ def evaluate(
             from vlm.loading import load_model
 
             model = load_model(str(model))
-        with _progress(f"{plan.name}", len(records), progress) as advance:
-            outputs = _asked(model, job, batch_size, advance, cache)
+        with progress_bar(f"{plan.name}", len(records), progress) as advance:
+            outputs = asked(model, job, batch_size, advance, cache)
         problems = task.problems(outputs)
         if problems and all(problems):
             raise VlmError(
@@ -109,7 +109,7 @@ def evaluate(
     return result
 
 
-def _asked(model: Any, job: Job, batch_size: int, advance: Callable[[int], None], cache: bool) -> Any:
+def asked(model: Any, job: Job, batch_size: int, advance: Callable[[int], None], cache: bool) -> Any:
     """The outputs for all records: what is known already, what this process asks, and what others do."""
     task, plan = TASKS[job.plan.task], job.plan
     if task.request is None:
@@ -149,14 +149,14 @@ def default_output(model: str | None, benchmark: str) -> Path:
     return Path("eval-results") / benchmark
 
 
-def _name_of(model: Any) -> str:
+def name_of(model: Any) -> str:
     if isinstance(model, (str, Path)):
         return str(model)
     name = getattr(model, "name", None)
     return name if isinstance(name, str) and name else type(model).__name__
 
 
-def _records(plan: Benchmark, need_pictures: bool) -> tuple[list[Record], list[Sample]]:
+def records_of(plan: Benchmark, need_pictures: bool) -> tuple[list[Record], list[Sample]]:
     """The data set's records, and samples for those its reader could not read."""
     from vlm.data.catalogue import load_dataset, load_spec
 
@@ -256,7 +256,7 @@ def _interval(
 
 
 @contextmanager
-def _progress(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal."""
     if not shown:
         yield lambda done: None
