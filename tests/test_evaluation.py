@@ -356,6 +356,14 @@ def test_no_prediction_is_wrong_even_where_an_empty_answer_is_right() -> None:
     assert vqa_accuracy([None], [[""]], "exact").accuracy == 0
 
 
+def test_fewer_than_ten_answers_are_scored_by_the_same_rule() -> None:
+    assert vqa_accuracy(["red"], [["red", "red"]]).accuracy == pytest.approx(100 / 3)  # each sees one other
+    assert vqa_accuracy(["red"], [["red"] * 4 + ["blue"]]).accuracy == pytest.approx(100)
+    assert vqa_accuracy(["red"], [["red", "blue", "green"]]).accuracy == pytest.approx(100 * (0 + 1 / 3 + 1 / 3) / 3)
+    with pytest.raises(VlmError, match="must be a list that is not empty"):
+        vqa_accuracy(["red"], [[]])
+
+
 def test_a_single_answer_stands_for_ten_that_agree() -> None:
     for protocol in ("official", "official-2017", "lmms", "evalai", "exact"):
         assert vqa_accuracy(["teal", "red"], [["teal"], ["teal"]], protocol).accuracy == 50
