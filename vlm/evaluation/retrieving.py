@@ -12,6 +12,7 @@ import numpy as np
 
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
+from vlm.evaluation.intervals import Parts
 from vlm.evaluation.result import Sample
 from vlm.evaluation.retrieval import TIE_RULES, RetrievalScores, retrieval_recall
 from vlm.evaluation.task import Advance, Job, Judged, without_broken
@@ -137,12 +138,24 @@ def judge(job: Job, outputs: Embeddings, protocol: str) -> Judged:
     scores |= {name: found[name] for name in ("TR_median_rank", "IR_median_rank")}
     _, _, k = job.plan.metric.partition("@")
     samples = _samples(outputs, found, k)
-    contributions: dict[str, list[float | None]] = {}
+    contributions: dict[str, list[float | None] | Parts] = {}
+    shares: list[list[float | None]] = []
     for name in METRICS:
         mine: list[float | None] = found.contributions[name].tolist()
         pictures, captions = asked["TR"], asked["IR"]
-        contributions[name] = [*mine, *[None] * captions] if name[:2] == "TR" else [*[None] * pictures, *mine]
+        shares.append([*mine, *[None] * captions] if name[:2] == "TR" else [*[None] * pictures, *mine])
+        contributions[name] = shares[-1]
+    contributions["rsum"] = _sum_of_means(shares)
     return Judged(scores, samples, contributions)
+
+
+def _sum_of_means(shares: list[list[float | None]]) -> Parts:
+    """The sum of several means, each over the samples that have a part in it."""
+    table = np.array(shares, dtype=float).T  # [N, K] nan where a sample has no part
+    has = ~np.isnan(table)
+    rows = np.concatenate([np.where(has, table, 0.0), has], axis=1)
+    count = len(shares)
+    return Parts(rows, lambda sums: (sums[:, :count] / np.maximum(sums[:, count:], 1)).sum(axis=1))
 
 
 def _samples(outputs: Embeddings, found: RetrievalScores, k: str) -> list[Sample]:
