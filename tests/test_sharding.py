@@ -1,5 +1,6 @@
 """Fully sharded training gives what one process gives, and says where it cannot work."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ def recipe(tiny_folder, tmp_path):
 
     def make(output, trainable=None, **options):
         made = tiny_recipe(tiny_folder, data, tmp_path / output, **options)
+        # Adam would turn the rounding noise of a gradient that is nearly 0 into a step.
+        made = made.model_copy(update={"optimizer": made.optimizer.model_copy(update={"eps": 1e-3})})
         return made.model_copy(update={"trainable": trainable}) if trainable else made
 
     return make
@@ -54,13 +57,23 @@ def test_a_language_model_that_learns_as_a_whole_is_sharded_too(recipe, tmp_path
     def whole(output, **options):
         made = recipe(output, ["bridge.*", "language_model.*"], steps=3, **options)
         language = made.model.language_model.model_copy(update={"lora": None})
-        # Adam would turn the rounding noise of a gradient that is nearly 0 into a step.
-        optimizer = made.optimizer.model_copy(update={"eps": 1e-3})
         model = made.model.model_copy(update={"language_model": language})
-        return made.model_copy(update={"model": model, "optimizer": optimizer})
+        return made.model_copy(update={"model": model})
 
     train(whole("one"), quiet=True)
     _launch(whole("shards", fsdp=True), tmp_path)
+    _same(tmp_path / "one", tmp_path / "shards")
+
+
+def test_processes_with_and_without_pictures_stay_together(recipe, tmp_path):
+    """Where one process shows pictures and another text alone, both reduce the same gradients."""
+    items = json.loads((tmp_path / "data" / "train.json").read_text())
+    for item in items[::2]:
+        del item["image"]
+        item["conversations"][0]["value"] = "what is a circle?"
+    (tmp_path / "data" / "train.json").write_text(json.dumps(items))
+    train(recipe("one", steps=4), quiet=True)
+    _launch(recipe("shards", steps=4, fsdp=True, micro_batch_size=1), tmp_path)
     _same(tmp_path / "one", tmp_path / "shards")
 
 

@@ -28,7 +28,23 @@ def shard_task(task: Task, recipe: Recipe, world: int, device: torch.device, pre
     for module in task.model.language_model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module, mesh=mesh)
+            module.register_forward_pre_hook(_with_gradient, with_kwargs=True, prepend=True)
     fully_shard(task, mesh=mesh, ignored_params=apart)
+
+
+def _with_gradient(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Let a layer's input ask for a gradient: where it does not, as in text alone, the layer's gradients are reduced
+    later than on processes that show pictures, and they would wait for each other's."""
+
+    def asking(value: Any) -> Any:
+        wanting = isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad
+        return value.detach().requires_grad_() if wanting else value
+
+    if not torch.is_grad_enabled():
+        return arguments, options
+    key = "hidden_states"
+    options = {**options, key: asking(options[key])} if key in options else options
+    return (asking(arguments[0]), *arguments[1:]) if arguments else arguments, options
 
 
 def _check(task: Task, recipe: Recipe, world: int, device: torch.device, precision: str) -> None:
