@@ -1,7 +1,9 @@
 """The Q-Former's first stage gives LAVIS' numbers on LAVIS' weights, for every bundle `$VLM_ORACLES/lavis/stage1_*`."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from vlm.bridges.qformer import ImageKeysValues, QFormer, QueryStates
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_keys import from_lavis, to_lavis
 from vlm.errors import VlmError
+from vlm.models.qformer_generation import generate_ids
 from vlm.objectives.itm import draw_negatives, itm_loss
 from vlm.objectives.lm import cross_entropy_sum
 from vlm.objectives.query_itc import query_itc_loss, query_similarity
@@ -194,3 +197,31 @@ def test_contrast_that_knows_which_pictures_are_the_same(bundle: Bundle) -> None
     ids = bundle.inputs["image_ids"].flatten()
     loss = query_itc_loss(points, texts, 1 / heads.temperature, ids, bundle.config["label_smoothing"]) / len(texts)
     assert loss.item() == pytest.approx(bundle.expected_json["head_loss_itc_with_image_id"], abs=LOSSES)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def test_generated_ids(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> None:
+    """Greedy as LAVIS says it; beams by the rule of transformers 5."""
+    bridge, heads = parts
+    settings, ids = bundle.config["generate"], bundle.config["token_ids"]
+    queries = bridge.queries(bridge.image(bundle.inputs["image_tokens"]))
+    prompt = torch.full((len(queries.states), 1), ids["dec_bos"])
+
+    def generated(**options: Any) -> list[list[int]]:
+        found = generate_ids(
+            bridge, heads.words, queries, prompt, ids["sep"], ids["pad"], max_length=settings["max_length"], **options
+        )
+        return [[i for i in row if i != ids["pad"]] for row in found.tolist()]
+
+    by_beam = json.loads((bundle.folder / "expected_beam_hf5.json").read_text())
+    for minimum in settings["min_length"]:
+        suffix = "" if minimum <= 1 else f"_minlen{minimum}"
+        greedy = [[i for i in row if i != ids["pad"]] for row in bundle.expected[f"greedy{suffix}_ids"].tolist()]
+        assert generated(min_length=minimum) == greedy
+        for beams in settings["num_beams"]:
+            if beams > 1:
+                wanted = by_beam[f"beam{beams}{suffix}"]["ids"]
+                options = {name: settings[name] for name in ("length_penalty", "early_stopping")}
+                assert generated(num_beams=beams, min_length=minimum, **options) == wanted
