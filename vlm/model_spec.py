@@ -193,4 +193,4 @@ class QFormerSpec(Strict):
 
 
 # The families, told apart by `type`.
-ModelSpec: TypeAlias = Annotated[GenerativeSpec | DualEncoderSpec, Field(discriminator="type")]
+ModelSpec: TypeAlias = Annotated[GenerativeSpec | DualEncoderSpec | QFormerSpec, Field(discriminator="type")]

@@ -144,6 +144,13 @@ class Recipe(Strict):
     init_from: str | None = None
     output: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _heads_learn_with_their_bridge(cls, value: Any) -> Any:
+        model = value.get("model") if isinstance(value, dict) else None
+        kind = model.get("type") if isinstance(model, dict) else getattr(model, "type", None)
+        return {"trainable": ["bridge.*", "heads.*"], **value} if kind == "qformer" else value
+
     @field_validator("objectives", mode="before")
     @classmethod
     def _objective_names(cls, value: Any) -> Any:

@@ -28,6 +28,13 @@ class ImageKeysValues:
     def __len__(self) -> int:
         return next(len(layer[0]) for layer in self.layers if layer is not None)
 
+    def joined(self, other: "ImageKeysValues") -> "ImageKeysValues":
+        """These images, and those of `other` behind them."""
+        both = zip(self.layers, other.layers)
+        return ImageKeysValues(
+            tuple(one and two and (torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])) for one, two in both)
+        )
+
     def select(self, rows: Sequence[int] | Tensor | slice) -> "ImageKeysValues":
         """The images of these numbers, in this order."""
         if not isinstance(rows, slice):
@@ -132,6 +139,24 @@ class QFormer(nn.Module):
         queries (Dai et al. 2023, section 2.3) are this with the instruction as text.
         """
         return self._joint(image, texts, self._joint_mask(texts), text_output=False)[0]
+
+    def pairs(self, image: ImageKeysValues, slots: Sequence[int], texts: TextBatch) -> Tensor:
+        """As `joint` for any pairs: text i goes with the image of number `slots[i]`. The queries' states [P,Q,D].
+
+        Where every image has the same number of texts, its keys and values are shared, else repeated.
+        """
+        order = sorted(range(len(slots)), key=lambda i: slots[i])
+        numbers = [slots[i] for i in order]
+        unique = sorted(set(slots))
+        each = len(slots) // len(unique)
+        if each == 1 or numbers != [slot for slot in unique for _ in range(each)]:
+            chosen = image if list(slots) == list(range(len(image))) else image.select(slots)
+            return self.joint(chosen, texts)
+        chosen = image if unique == list(range(len(image))) else image.select(unique)
+        states = self.joint(chosen, texts.select(order))
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return states[back.to(states.device)]
 
     def joint_with_text(
         self, image: ImageKeysValues, texts: TextBatch, mask: Tensor | None = None

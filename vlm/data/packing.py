@@ -171,6 +171,11 @@ class RowBatch:
         """Positions that carry loss."""
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens to be predicted."""
+        return self.num_labels
+
     def with_images(self, load: Callable[[list[str]], Tensor]) -> "RowBatch":
         """This batch with the tensors of its pictures, loaded by `load(images)`."""
         return self if not self.images else replace(self, image_inputs=load(self.images))

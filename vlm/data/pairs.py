@@ -40,6 +40,11 @@ class PairBatch:
         """Pairs: what carries loss."""
         return len(self)
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that a model which writes the texts has to predict: all but the first of each."""
+        return self.num_tokens - len(self)
+
     def with_images(self, load: Callable[[list[str]], Tensor]) -> "PairBatch":
         """This batch with the tensors of its pictures, loaded by `load(images)`."""
         return self if not self.images else replace(self, image_inputs=load(self.images))

@@ -15,12 +15,21 @@ from vlm.backbones.language import build_language_model
 from vlm.backbones.pair import build_pair
 from vlm.bridges.dual_tower import DualTower
 from vlm.bridges.projection import Projection
+from vlm.bridges.qformer_init import build_qformer, qformer_tokenizer
 from vlm.devices import pick_device, pick_precision, storage_dtype
 from vlm.errors import VlmError
-from vlm.model_spec import DualEncoderSpec, GenerativeSpec, ImageEncoderSpec, LanguageModelSpec, ModelSpec
+from vlm.model_spec import (
+    DualEncoderSpec,
+    GenerativeSpec,
+    ImageEncoderSpec,
+    LanguageModelSpec,
+    ModelSpec,
+    QFormerSpec,
+)
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.freezing import freeze_all_but, load_trained_state, trained_state
 from vlm.models.generative import GenerativeModel
+from vlm.models.qformer_model import QFormerModel
 from vlm.models.tasks import TaskModel
 from vlm.paths import read_yaml
 from vlm.schema import Strict, dump_yaml, validate
@@ -89,8 +98,19 @@ def _dual_encoder(spec: DualEncoderSpec, precision: str) -> DualEncoder:
     return DualEncoder(spec, pair.image, pair.text, bridge)
 
 
+def _qformer(spec: QFormerSpec, precision: str) -> QFormerModel:
+    image_encoder = _image_encoder(spec.image_encoder, precision)
+    bridge, heads = build_qformer(spec.bridge, image_encoder.width)
+    assert heads is not None
+    return QFormerModel(spec, image_encoder, bridge, heads, qformer_tokenizer(spec.bridge))
+
+
 # `type` of a specification -> its builder: (specification, precision of frozen weights) -> model on the CPU.
-BUILDERS: dict[str, Callable[[Any, str], TaskModel]] = {"generative": _generative, "dual_encoder": _dual_encoder}
+BUILDERS: dict[str, Callable[[Any, str], TaskModel]] = {
+    "generative": _generative,
+    "dual_encoder": _dual_encoder,
+    "qformer": _qformer,
+}
 
 
 def _image_encoder(spec: ImageEncoderSpec, precision: str) -> ImageEncoder:

@@ -149,6 +149,15 @@ class GenerativeModel(TaskModel):
         """`label_states` of the batch."""
         return self.label_states(read.batch)
 
+    @property
+    def plain_head(self) -> Any:
+        """The language model's `plain_head`."""
+        return self.language_model.plain_head
+
+    def word_logits(self, states: Tensor) -> Tensor:
+        """Logits [n,V] of the next token of hidden states [n,D]."""
+        return self.language_model.logits(states)
+
     def label_states(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
         """Hidden states [n,D] at the n labelled positions of a batch, and the labels [n]."""
         hidden = self.language_model.hidden_states(

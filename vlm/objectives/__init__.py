@@ -7,12 +7,14 @@ the batch was split.
 
 from vlm.objectives.contrast import compare_sigmoid, compare_softmax, count_pairs
 from vlm.objectives.lm import lm_count, lm_loss
+from vlm.objectives.matching import find_negatives, match_loss
 from vlm.objectives.objective import Objective, Pairs, ReadOuts
 
 __all__ = ["OBJECTIVES", "Objective", "Pairs", "ReadOuts"]
 
 OBJECTIVES: dict[str, Objective] = {
     "lm": Objective(lm_count, lm_loss, reports=("token_accuracy",)),
+    "itm": Objective(count_pairs, match_loss, prepare=find_negatives, reports=("itm_accuracy",)),
     "itc": Objective(count_pairs, compare=compare_softmax, reports=("logit_scale",)),
     "sigmoid_itc": Objective(count_pairs, compare=compare_sigmoid, reports=("logit_scale",)),
 }

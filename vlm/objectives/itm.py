@@ -29,10 +29,18 @@ def uniform_numbers(seed: int, places: Tensor) -> Tensor:
 
     They depend on seed and place alone, so that neither processes nor micro-batches change what is drawn.
     """
-    total = int(places.max()) + 1 if len(places) else 0
-    generator = torch.Generator().manual_seed(seed % (1 << 63))
-    # Two numbers a row, row after row: a longer table starts as a shorter one does.
-    return torch.rand(total * 2, generator=generator, dtype=torch.float64).view(total, 2)[places.cpu()]
+    mask = (1 << 64) - 1
+
+    def mixed(state: int) -> int:
+        """SplitMix64 (Steele et al. 2014): every bit of the state in every bit of the result."""
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        return state ^ (state >> 31)
+
+    start = mixed(seed & mask)
+    numbers = [[(mixed(mixed(start ^ place) + side) >> 11) / (1 << 53) for side in (0, 1)] for place in places.tolist()]
+    return torch.tensor(numbers, dtype=torch.float64).view(len(places), 2)
 
 
 def draw_negatives(logits: Tensor, belong: Tensor, uniform: Tensor) -> Tensor:

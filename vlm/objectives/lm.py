@@ -17,17 +17,17 @@ CHUNK = 2048  # labelled positions whose logits exist at one time
 
 def lm_count(batch: Any) -> int:
     """Trained tokens of a batch."""
-    return int(batch.num_labels)
+    return int(batch.num_targets)
 
 
 def lm_loss(read: ReadOuts, spec: ObjectiveSpec) -> Loss:
     """Sum of cross-entropy over the labelled positions, and how many of them the model gets right."""
     states, targets = read("label_states")  # [n, D], [n]
-    lm = read.model.language_model
-    if len(targets) and can_fuse(states, lm.plain_head):
-        loss, correct = fused_cross_entropy_sum(states, targets, lm.plain_head, spec.smoothing)
+    model = read.model
+    if len(targets) and can_fuse(states, model.plain_head):
+        loss, correct = fused_cross_entropy_sum(states, targets, model.plain_head, spec.smoothing)
     else:
-        loss, correct = cross_entropy_sum(states, targets, lm.logits, smoothing=spec.smoothing)
+        loss, correct = cross_entropy_sum(states, targets, model.word_logits, smoothing=spec.smoothing)
     return loss, {"token_accuracy": correct}
 
 
