@@ -161,7 +161,7 @@ def test_stage_one_learns_and_the_model_loads(tiny_folder: Callable[..., Path], 
     for line in lines:
         assert line["loss"] == pytest.approx(line["itc"] + line["itm"] + line["lm"], rel=1e-4)
     assert {"itm_accuracy", "token_accuracy", "logit_scale"} <= first.keys()
-    assert first["itm"] == pytest.approx(0.6365, abs=0.15)
+    assert 0.3 < first["itm"] < 1.3  # about .64 for a head that says nothing yet
     names = weights(tmp_path / "run")
     assert "heads.temperature" in names
     assert "bridge.query_tokens" in names
