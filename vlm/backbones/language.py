@@ -137,7 +137,7 @@ class LanguageModel(nn.Module):
 
         cache = DynamicCache(config=self.network.config)
         options = {"position_ids": _positions(mask)} if self.takes_tree_masks else {}
-        self._base(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        self._base(inputs_embeds=embeddings, attention_mask=mask, use_cache=True, **{self._cache_key: cache}, **options)
         return cache
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
         }
         options |= generation
         if cache is not None:
-            options["past_key_values"] = cache
+            options[self._cache_key] = cache
         stops = options.get("stop_strings") or []
         if stops:
             options["tokenizer"] = self.tokenizer
@@ -165,6 +165,13 @@ class LanguageModel(nn.Module):
         for stop in stops:
             texts = [text.lstrip().partition(stop)[0] for text in texts]
         return [text.strip() for text in texts]
+
+    @cached_property
+    def _cache_key(self) -> str:
+        """What transformers calls keys and values of earlier positions: `cache`, before 5.24 `past_key_values`."""
+        import inspect
+
+        return "cache" if "cache" in inspect.signature(self._base.forward).parameters else "past_key_values"
 
     @property
     def prompt_end(self) -> tuple[int, ...]:
