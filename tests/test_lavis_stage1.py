@@ -13,7 +13,9 @@ from torch import Tensor
 from vlm.bridges.qformer import ImageKeysValues, QFormer, QueryStates
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_keys import from_lavis, to_lavis
+from vlm.data.text_batch import TextBatch
 from vlm.errors import VlmError
+from vlm.evaluation.reranking import rerank
 from vlm.models.qformer_generation import generate_ids
 from vlm.objectives.itm import draw_negatives, itm_loss
 from vlm.objectives.lm import cross_entropy_sum
@@ -225,3 +227,23 @@ def test_generated_ids(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> N
                 wanted = by_beam[f"beam{beams}{suffix}"]["ids"]
                 options = {name: settings[name] for name in ("length_penalty", "early_stopping")}
                 assert generated(num_beams=beams, min_length=minimum, **options) == wanted
+
+
+def test_reranked_retrieval(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> None:
+    """Both directions, and no pair is scored twice."""
+    bridge, heads = parts
+    texts = TextBatch.from_mask(bundle.inputs["rerank_input_ids"], bundle.inputs["rerank_attention_mask"])
+    image = bridge.image(bundle.inputs["image_tokens"])
+    points = heads.embed_queries(bridge.queries(image).states)
+    similarity = query_similarity(points, heads.embed_text(bridge.first_text_state(texts)))
+    close(similarity, bundle.expected["rerank_sims"])
+    scored: list[tuple[int, int]] = []
+
+    def score(number: int, wanted: list[int]) -> Tensor:
+        scored.extend((number, text) for text in wanted)
+        return heads.match_logits(bridge.joint(image.select([number]), texts.select(wanted)))[:, 1]
+
+    of_images, of_texts = rerank(similarity, score, bundle.config["rerank_k"])
+    close(of_images, bundle.expected["rerank_i2t"])
+    close(of_texts, bundle.expected["rerank_t2i"])
+    assert len(scored) == len(set(scored))
