@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,15 @@ class BrokenImage(VlmError):
 
     def __str__(self) -> str:
         return f"{self.path}: broken image: {self.reason}"
+
+
+def as_list(images: Any) -> list[Any]:
+    """One or a list of images as a list. Raises VlmError for none."""
+    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
+    pictures = list(images) if several else [images]
+    if not pictures:
+        raise VlmError("no images were given")
+    return pictures
 
 
 def load_image(image: ImageLike) -> Image.Image:

@@ -4,13 +4,16 @@ The 80 ImageNet templates and the 1,000 class names are OpenAI's, as open_clip s
 those of openai/CLIP, data/prompts.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 from vlm.backbones.starter import package_file
 from vlm.errors import VlmError, did_you_mean
 
 PLACE = "{}"  # where a class name goes
+
+Labels: TypeAlias = Sequence[str] | Mapping[str, str | Sequence[str]]  # class names, or each with its own prompts
 
 _CIFAR_KINDS = (
     "a photo of {} {{}}.",
@@ -90,3 +93,26 @@ def class_names(name: str) -> dict[str, str]:
     if name not in CLASS_NAMES:
         raise VlmError(f"unknown table of class names {name!r}{did_you_mean(name, CLASS_NAMES)}")
     return dict(CLASS_NAMES[name]())
+
+
+def label_prompts(labels: Labels, templates: str | Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    """Label -> its prompts. Raises VlmError for labels or prompts that make no classifier."""
+    if isinstance(labels, str):
+        raise VlmError(f"classify: labels are a list of class names; got the text {labels!r}")
+    names = list(labels)
+    if not names:
+        raise VlmError("classify: no labels were given")
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise VlmError(f"classify: label {number} is {name!r}; expected a class name")
+        if name in names[:number]:
+            raise VlmError(f"classify: the label {name!r} is given twice; give every class once")
+    if isinstance(labels, Mapping):
+        if templates is not None:
+            raise VlmError("classify: labels with prompts of their own take no templates")
+        own = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in labels.items()}
+        if lacking := next((name for name, prompts in own.items() if not prompts), None):
+            raise VlmError(f"classify: no prompts for the label {lacking!r}")
+        return own
+    forms = prompt_templates("simple" if templates is None else templates)
+    return {name: tuple(form.replace(PLACE, name) for form in forms) for name in names}

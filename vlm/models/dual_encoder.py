@@ -1,6 +1,6 @@
 """The dual encoder (CLIP, SigLIP, LiT): images and texts as unit-length points in one space."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,9 @@ from vlm.backbones.image import ImageEncoder
 from vlm.backbones.text import TextEncoder
 from vlm.bridges.dual_tower import DualTower
 from vlm.data.feature_cache import PictureFeatures, frozen_features
-from vlm.data.images import load_image
+from vlm.data.images import as_list, load_image
 from vlm.data.pairs import PairBatch, pair_batch
-from vlm.data.prompts import PLACE, prompt_templates
+from vlm.data.prompts import Labels, label_prompts
 from vlm.data.records import Message, Record
 from vlm.data.samples import Sample, make_samples
 from vlm.data.stored_features import encode_pictures
@@ -30,8 +30,6 @@ from vlm.recipe import DataSpec
 IMAGE_CHUNK, TEXT_CHUNK = 64, 256  # pictures and texts that go through an encoder at once
 KEPT_TEXTS_BYTES = 4_000_000_000  # of text features in memory
 _CLASSIFIERS = 8  # kept
-
-Labels = Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 class DualEncoder(TaskModel):
@@ -209,7 +207,7 @@ class DualEncoder(TaskModel):
             pixels = torch.stack([self.image_encoder.transform.eval(load_image(image)) for image in chunk])
             return self.embed_pixels(pixels.to(self.device))
 
-        return _in_chunks(embed, _as_list(images), IMAGE_CHUNK)
+        return _in_chunks(embed, as_list(images), IMAGE_CHUNK)
 
     @torch.inference_mode()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -239,7 +237,7 @@ class DualEncoder(TaskModel):
 
         Kept for the next call with the same labels and templates, until weights change.
         """
-        prompts = _prompts(labels, templates)
+        prompts = label_prompts(labels, templates)
         weights = [*self.text_encoder.parameters(), *self.bridge.text.parameters()]
         key = (tuple(prompts.items()), sum(w._version for w in weights if not w.is_inference()))
         if key not in self._classifiers:
@@ -262,35 +260,3 @@ def _learns(module: nn.Module) -> bool:
 
 def _in_chunks(embed: Callable[[Sequence[Any]], Tensor], inputs: list[Any], size: int) -> Tensor:
     return torch.cat([embed(inputs[start : start + size]) for start in range(0, len(inputs), size)])
-
-
-def _as_list(images: Any) -> list[Any]:
-    """One or a list of images as a list."""
-    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-    pictures = list(images) if several else [images]
-    if not pictures:
-        raise VlmError("no images were given")
-    return pictures
-
-
-def _prompts(labels: Labels, templates: str | Sequence[str] | None) -> dict[str, tuple[str, ...]]:
-    """Label -> its prompts. Raises VlmError for labels or prompts that make no classifier."""
-    if isinstance(labels, str):
-        raise VlmError(f"classify: labels are a list of class names; got the text {labels!r}")
-    names = list(labels)
-    if not names:
-        raise VlmError("classify: no labels were given")
-    for number, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise VlmError(f"classify: label {number} is {name!r}; expected a class name")
-        if name in names[:number]:
-            raise VlmError(f"classify: the label {name!r} is given twice; give every class once")
-    if isinstance(labels, Mapping):
-        if templates is not None:
-            raise VlmError("classify: labels with prompts of their own take no templates")
-        own = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in labels.items()}
-        if lacking := next((name for name, prompts in own.items() if not prompts), None):
-            raise VlmError(f"classify: no prompts for the label {lacking!r}")
-        return own
-    forms = prompt_templates("simple" if templates is None else templates)
-    return {name: tuple(form.replace(PLACE, name) for form in forms) for name in names}

@@ -18,7 +18,7 @@ from vlm.data.conversation import (
     tokenize_prompt_and_text,
 )
 from vlm.data.feature_cache import PictureFeatures, frozen_features
-from vlm.data.images import load_image
+from vlm.data.images import as_list, load_image
 from vlm.data.packing import (
     IGNORE,
     Row,
@@ -212,7 +212,7 @@ class GenerativeModel(TaskModel):
         asked = [questions] if isinstance(questions, str) else list(questions)
         if any(not question.strip() for question in asked):
             raise VlmError("answer: a question is empty")
-        pictures = _as_list(images)
+        pictures = as_list(images)
         if len(pictures) == 1:
             pictures = pictures * len(asked)
         if len(pictures) != len(asked):
@@ -228,7 +228,7 @@ class GenerativeModel(TaskModel):
 
         Without one, the model's own request for a caption (`caption_prompt` in its template) is used.
         """
-        pictures = _as_list(images)
+        pictures = as_list(images)
         if prompt is None:
             prompts = [self._prompt(self.caption_messages(), (picture,), generation) for picture in pictures]
         else:
@@ -258,7 +258,7 @@ class GenerativeModel(TaskModel):
         a space joins prompt and text unless the prompt ends in white space; special tokens are the tokeniser's own.
         """
         wanted = [texts] if isinstance(texts, str) else list(texts)
-        pictures = _as_list(images)
+        pictures = as_list(images)
         pictures = pictures * len(wanted) if len(pictures) == 1 else pictures
         openings = [prompts or ""] * len(wanted) if prompts is None or isinstance(prompts, str) else list(prompts)
         if not len(pictures) == len(wanted) == len(openings):
@@ -345,17 +345,6 @@ class GenerativeModel(TaskModel):
         if len(ids) == 1 and ids[0] in self.tokenizer.all_special_ids:
             return {"eos_token_id": sorted({*self.language_model.stop_ids, *ids})}
         return {"stop_strings": [end]} if end else {}
-
-
-def _as_list(images: Any) -> list[Any]:
-    """One or a list of images as a list; PIL images and paths only stand for themselves."""
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise VlmError("no images were given")
-        return list(images)
-    if getattr(images, "ndim", 3) == 4:
-        return list(images)
-    return [images]
 
 
 def _turn(message: dict[str, Any]) -> tuple[Message, list[Any]]:

@@ -12,14 +12,14 @@ from vlm.bridges.qformer import ImageKeysValues, QFormer, QueryStates
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_init import QFormerTokenizer
 from vlm.data.feature_cache import PictureFeatures, frozen_features
-from vlm.data.images import load_image
+from vlm.data.images import as_list, load_image
 from vlm.data.pairs import PairBatch, pair_batch
+from vlm.data.prompts import Labels, label_prompts
 from vlm.data.records import Message, Record
 from vlm.data.samples import Sample, make_samples
 from vlm.data.text_batch import TextBatch
 from vlm.errors import UnsupportedTask, VlmError
 from vlm.model_spec import QFormerSpec
-from vlm.models.dual_encoder import Labels, _as_list, _prompts
 from vlm.models.freezing import set_mode
 from vlm.models.tasks import TaskModel
 from vlm.objectives.itm import NONE
@@ -238,7 +238,7 @@ class QFormerModel(TaskModel):
     @torch.inference_mode()
     def encode_image(self, images: Any) -> Tensor:
         """Unit-length embeddings [B,Q,E], one a query, of one or more PIL images, paths or uint8 arrays [H,W,3]."""
-        pictures = _as_list(images)
+        pictures = as_list(images)
         return torch.cat([self._embed(self.see(part)) for part in _chunks(pictures, IMAGE_CHUNK)])
 
     def _embed(self, image: ImageKeysValues) -> Tensor:
@@ -258,7 +258,7 @@ class QFormerModel(TaskModel):
     @torch.inference_mode()
     def match(self, images: Any, texts: str | Sequence[str]) -> Tensor:
         """Probability [B] that image i and text i match; one image serves all texts. Each picture is seen once."""
-        wanted, pictures = _texts(texts, "match"), _as_list(images)
+        wanted, pictures = _texts(texts, "match"), as_list(images)
         if len(pictures) == 1:
             return self.match_logits_of(self.see(pictures), self.tokenize(wanted)).softmax(-1)[:, 1]
         if len(pictures) != len(wanted):
@@ -286,7 +286,7 @@ class QFormerModel(TaskModel):
 
         labels, templates: as for dual encoders; a label's prompts are averaged.
         """
-        rows = [F.normalize(self.encode_text(own).mean(0), dim=0) for own in _prompts(labels, templates).values()]
+        rows = [F.normalize(self.encode_text(own).mean(0), dim=0) for own in label_prompts(labels, templates).values()]
         return (query_similarity(self.encode_image(images), torch.stack(rows)) * self.scale).softmax(-1)
 
     @torch.inference_mode()
@@ -307,7 +307,7 @@ class QFormerModel(TaskModel):
         if generation.get("do_sample"):
             defaults["num_beams"] = 1
         captions: list[str] = []
-        for part in _chunks(_as_list(images), IMAGE_CHUNK):
+        for part in _chunks(as_list(images), IMAGE_CHUNK):
             queries = self.bridge.queries(self.see(part))
             ids = generate_ids(
                 self.bridge,
