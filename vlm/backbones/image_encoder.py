@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +67,12 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> ImageFeatures:
         """Pixels [B, 3, H, W] as `transform` makes them, in any float type, to tokens [B, N, D] and pooled [B, P]."""
+        return self.read(self.tower, pixels)
+
+    def read(self, tower: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> ImageFeatures:
+        """`forward` with something else in the tower's place that gives the same, such as its compiled form."""
         pixels = pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        features, pooled = self.tower(pixels)
+        features, pooled = tower(pixels)
         return ImageFeatures(self._select(features), pooled)
 
     def _select(self, features: torch.Tensor) -> torch.Tensor:
