@@ -59,8 +59,14 @@ def fold_batch_norms(encoder: ImageEncoder) -> ImageEncoder:
         _replace(copied, names[convolution], fuse_conv_bn_eval(convolution, norm))
         _replace(copied, names[norm], _rest(norm))
     copied.requires_grad_(False).to(memory_format=torch.channels_last)
-    wanted, found = encoder(pixels).tokens, copied(pixels).tokens
-    return copied if (wanted - found).abs().max() <= _TOLERANCE * wanted.abs().max() else encoder
+    wanted, found = encoder(pixels), copied(pixels)
+    return copied if _same(wanted.tokens, found.tokens) and _same(wanted.pooled, found.pooled) else encoder
+
+
+def _same(wanted: torch.Tensor | None, found: torch.Tensor | None) -> bool:
+    if wanted is None or found is None:
+        return wanted is found
+    return bool((wanted - found).abs().max() <= _TOLERANCE * wanted.abs().max())
 
 
 def _pairs(encoder: ImageEncoder, pixels: torch.Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:

@@ -46,6 +46,7 @@ class PictureFeatures:
     name, kind: the encoder and which of its outputs, e.g. `tokens`. fingerprint: gives a word that changes with
     whatever else decides the features. load: a path (or another image) -> one picture as `encode` takes it; raises
     BrokenImage. encode: stacked pictures [B, ...], on any device, -> features [B, ...] of one shape and float type.
+    encode_many: how many are to come -> the same function, perhaps faster.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PictureFeatures:
     fingerprint: Callable[[], str]
     load: Callable[[Any], Tensor]
     encode: Callable[[Tensor], Tensor]
+    encode_many: Callable[[int], Callable[[Tensor], Tensor]] | None = None
 
     @cached_property
     def folder(self) -> Path:
@@ -84,13 +86,19 @@ def frozen_features(
         return None
     device = next(encoder.parameters()).device
 
+    def encode_many(pictures: int) -> Callable[[Tensor], Tensor]:
+        from vlm.backbones.inference import fast_forward
+
+        forward = fast_forward(encoder, pictures)
+        return lambda pixels: select(forward(pixels.to(device, non_blocking=True))).to(encoder.dtype)
+
     def encode(pixels: Tensor) -> Tensor:
         return select(encoder(pixels.to(device, non_blocking=True))).to(encoder.dtype)
 
     def load(image: Any) -> Tensor:
         return encoder.transform.eval(load_image(image))
 
-    return PictureFeatures(encoder.name, kind, encoder.fingerprint, load, encode)
+    return PictureFeatures(encoder.name, kind, encoder.fingerprint, load, encode, encode_many)
 
 
 @dataclass
@@ -186,9 +194,10 @@ def _write(
     announce: Callable[[str], None],
 ) -> None:
     """Encode and store pictures (content hash -> path), a segment every SEGMENT_BYTES."""
-    with torch.inference_mode():
+    encode = features.encode if features.encode_many is None else features.encode_many(len(missing))
+    with torch.no_grad():
         encoded: Iterator[_Encoded] = (
-            (digests, features.encode(inputs).cpu().contiguous())
+            (digests, encode(inputs).cpu().contiguous())
             for digests, inputs in _read(cache, features, missing, batch_size)
         )
         said = False
