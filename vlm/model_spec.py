@@ -139,7 +139,8 @@ class QFormerBridgeSpec(Strict):
 
 
 class GenerativeSpec(Strict):
-    """The projection family (LLaVA): image tokens spliced into a language model's prompt.
+    """The generative family: image tokens, projected (LLaVA) or read by a Q-Former (BLIP-2's second stage), spliced
+    into a language model's prompt.
 
     template: a name of `vlm.data.templates.TEMPLATES`, `tokenizer` for the tokeniser's own chat template, or
     jinja text with `{% generation %}` blocks around what the model says.
@@ -149,13 +150,18 @@ class GenerativeSpec(Strict):
 
     type: Literal["generative"] = "generative"
     image_encoder: ImageEncoderSpec
-    bridge: ProjectionSpec = ProjectionSpec()
+    bridge: Annotated[ProjectionSpec | QFormerBridgeSpec, Field(discriminator="type")] = ProjectionSpec()
     language_model: LanguageModelSpec
     template: str = "tokenizer"
     question_prompt: str = "<image>\n{question}"
     caption_prompt: str = "<image>"
 
     _short = field_validator("image_encoder", "language_model", mode="before")(name_only)
+
+    @field_validator("bridge", mode="before")
+    @classmethod
+    def _projection_by_default(cls, value: Any) -> Any:
+        return {"type": "mlp", **value} if isinstance(value, dict) else value
 
     @field_validator("question_prompt")
     @classmethod

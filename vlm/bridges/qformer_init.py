@@ -21,7 +21,15 @@ _TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 _POSITIONS = "bert.embeddings.position_embeddings.weight"
 _WORDS, _BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 # What no BERT has: these parts start fresh.
-_FRESH = ("bridge.query_tokens", "bridge.image_norm.", "heads.vision_", "heads.text_", "heads.match.", "heads.temp")
+_FRESH = (
+    "bridge.query_tokens",
+    "bridge.image_norm.",
+    "bridge.language_projection.",
+    "heads.vision_",
+    "heads.text_",
+    "heads.match.",
+    "heads.temp",
+)
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,11 @@ def build_qformer(spec: QFormerBridgeSpec, image_width: int, text: bool = True) 
     sizes = qformer_sizes(spec, image_width, text)
     bridge = QFormer(sizes)
     heads = QFormerHeads(sizes.width, sizes.vocabulary, spec.embed_width) if text else None
-    with torch.no_grad():
-        start_from_bert(bridge, heads, _bert_state(spec, sizes), spec.init)
+    start_from_bert(bridge, heads, bert_state(spec, sizes), spec.init)
     return bridge, heads
 
 
+@torch.no_grad()
 def start_from_bert(bridge: QFormer, heads: QFormerHeads | None, bert: dict[str, Tensor], where: str) -> None:
     """Fill a Q-Former and its heads with a BERT's tensors by our names; what only a Q-Former has stays as it is."""
     parts = nn.ModuleDict({"bridge": bridge} if heads is None else {"bridge": bridge, "heads": heads})
@@ -140,7 +148,7 @@ def start_from_bert(bridge: QFormer, heads: QFormerHeads | None, bert: dict[str,
         own[key].copy_(value)
 
 
-def _bert_state(spec: QFormerBridgeSpec, sizes: QFormerSizes) -> dict[str, Tensor]:
+def bert_state(spec: QFormerBridgeSpec, sizes: QFormerSizes) -> dict[str, Tensor]:
     """The checkpoint's tensors by our names, cut to the layers wanted, with a row for [DEC]."""
     from transformers import BertForMaskedLM
 

@@ -27,6 +27,7 @@ _NAMES = {
     "bridge.layers.N.text_ffn.up.": "Qformer.bert.encoder.layer.N.intermediate.dense.",
     "bridge.layers.N.text_ffn.down.": "Qformer.bert.encoder.layer.N.output.dense.",
     "bridge.layers.N.text_ffn.norm.": "Qformer.bert.encoder.layer.N.output.LayerNorm.",
+    "bridge.language_projection.": "opt_proj.",
     "heads.vision_projection.": "vision_proj.",
     "heads.text_projection.": "text_proj.",
     "heads.temperature": "temp",
@@ -60,6 +61,8 @@ def from_lavis(state: Mapping[str, Tensor], where: str = "LAVIS checkpoint") -> 
             if original is None or not torch.equal(original, value):
                 raise VlmError(f"{where}: {key} should be a copy of {_COPIES[key]}, to which it is tied")
             continue
+        # One name for the layer to the language model, which LAVIS calls after the model's family.
+        key = re.sub(r"^(t5|llm)_proj\.", "opt_proj.", key)
         result[_translate(key, back, where)] = value
     return result
 

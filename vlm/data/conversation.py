@@ -124,7 +124,8 @@ def _tokenize(
 
 def _with_prefix(tokens: TokenizedText, tokenizer: Any) -> TokenizedText:
     prefix = special_prefix(tokenizer)
-    if not prefix or tokens.ids[: len(prefix)] == prefix:
+    start = next((i for i, token in enumerate(tokens.ids) if token != IMAGE_SLOT), 0)
+    if not prefix or tokens.ids[start : start + len(prefix)] == prefix:  # also behind the picture: BLIP-2 with OPT
         return tokens
     return TokenizedText(prefix + tokens.ids, (False,) * len(prefix) + tokens.trained)
 

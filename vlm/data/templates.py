@@ -31,6 +31,14 @@ TEMPLATES: dict[str, str] = {
         "{% generation %}{{ m.content + '\n' }}{% endgeneration %}"
         "{% elif m.role == 'user' %}{{ '<image>' * m.content.count('<image>') }}{% endif %}{% endfor %}"
     ),
+    # BLIP-2 with OPT: picture, start token, text, line break. The start token carries loss where nothing was asked.
+    "blip2_opt": (
+        "{% set ns = namespace(words='') %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.words = m.content.replace('<image>', '').strip() %}{{ '<image>' * m.content.count('<image>') }}"
+        "{% if ns.words or add_generation_prompt %}{{ (bos_token or '') + ns.words }}{% endif %}"
+        "{% elif m.role == 'assistant' %}{% generation %}"
+        "{{ (' ' if ns.words else bos_token or '') + m.content + '\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+    ),
     # Vicuna v0, of the first LLaVA, MiniGPT-4 and Multimodal-GPT: every turn ends in `###`.
     "vicuna_v0": (
         "{% if messages[0].role != 'system' %}{{ "

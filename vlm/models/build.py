@@ -16,6 +16,7 @@ from vlm.backbones.pair import build_pair
 from vlm.bridges.dual_tower import DualTower
 from vlm.bridges.projection import Projection
 from vlm.bridges.qformer_init import build_qformer, qformer_tokenizer
+from vlm.bridges.qformer_projection import build_qformer_projection
 from vlm.devices import pick_device, pick_precision, storage_dtype
 from vlm.errors import VlmError
 from vlm.model_spec import (
@@ -24,6 +25,7 @@ from vlm.model_spec import (
     ImageEncoderSpec,
     LanguageModelSpec,
     ModelSpec,
+    QFormerBridgeSpec,
     QFormerSpec,
 )
 from vlm.models.dual_encoder import DualEncoder
@@ -72,6 +74,9 @@ def build_model(
 def _generative(spec: GenerativeSpec, precision: str) -> GenerativeModel:
     language_model = build_language_model(spec.language_model, precision)
     image_encoder = _image_encoder(spec.image_encoder, precision)
+    if isinstance(spec.bridge, QFormerBridgeSpec):
+        reader = build_qformer_projection(spec.bridge, image_encoder.width, language_model.width)
+        return GenerativeModel(spec, image_encoder, reader, language_model)
     bridge = Projection(
         spec.bridge, image_encoder.width, language_model.width, image_encoder.num_tokens, image_encoder.grid
     )

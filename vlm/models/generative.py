@@ -1,4 +1,4 @@
-"""The generative model (LLaVA): image encoder -> projection -> language model."""
+"""The generative model (LLaVA, BLIP-2's second stage): image encoder -> bridge -> language model."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -10,6 +10,7 @@ from torch import Tensor
 from vlm.backbones.image import ImageEncoder
 from vlm.backbones.language import LanguageModel
 from vlm.bridges.projection import Projection
+from vlm.bridges.qformer_projection import QFormerProjection
 from vlm.data.conversation import (
     IMAGE_SLOT,
     TokenizedText,
@@ -56,7 +57,11 @@ class GenerativeModel(TaskModel):
     family = "generative"
 
     def __init__(
-        self, spec: GenerativeSpec, image_encoder: ImageEncoder, bridge: Projection, language_model: LanguageModel
+        self,
+        spec: GenerativeSpec,
+        image_encoder: ImageEncoder,
+        bridge: Projection | QFormerProjection,
+        language_model: LanguageModel,
     ) -> None:
         super().__init__()
         self.spec = spec

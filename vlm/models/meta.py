@@ -11,16 +11,18 @@ from vlm.backbones.known_configs import find_config
 from vlm.backbones.language import inject_lora
 from vlm.backbones.names import parse_part_name
 from vlm.bridges.projection import Projection
+from vlm.bridges.qformer_init import qformer_sizes
+from vlm.bridges.qformer_projection import QFormerProjection
 from vlm.data.transforms import ImageTransform
 from vlm.errors import VlmError
-from vlm.model_spec import GenerativeSpec, ImageEncoderSpec, LanguageModelSpec
+from vlm.model_spec import GenerativeSpec, ImageEncoderSpec, LanguageModelSpec, QFormerBridgeSpec
 from vlm.models.freezing import freeze_all_but, named_trainable
 
 
 class MetaModel(nn.Module):
     """The parts under the names that `trainable` patterns match; it has shapes and cannot run."""
 
-    def __init__(self, image_encoder: ImageEncoder, bridge: Projection, network: nn.Module) -> None:
+    def __init__(self, image_encoder: ImageEncoder, bridge: Projection | QFormerProjection, network: nn.Module) -> None:
         super().__init__()
         self.image_encoder = image_encoder
         self.bridge = bridge
@@ -49,7 +51,11 @@ def build_on_meta(spec: GenerativeSpec, trainable: list[str] | tuple[str, ...] =
     with torch.device("meta"):
         network = _network(spec.language_model)
         width = int(network.get_input_embeddings().embedding_dim)
-        bridge = Projection(spec.bridge, image_encoder.width, width, image_encoder.num_tokens, image_encoder.grid)
+        bridge: Projection | QFormerProjection
+        if isinstance(spec.bridge, QFormerBridgeSpec):
+            bridge = QFormerProjection(qformer_sizes(spec.bridge, image_encoder.width, text=False), width)
+        else:
+            bridge = Projection(spec.bridge, image_encoder.width, width, image_encoder.num_tokens, image_encoder.grid)
     model = MetaModel(image_encoder, bridge, network)
     model.requires_grad_(False)
     if trainable:
