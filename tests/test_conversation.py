@@ -38,6 +38,8 @@ TOKENIZERS = {
     "sentencepiece-legacy": lambda folder: tiny_sentencepiece_tokenizer(folder, legacy=True),
     "vicuna": tiny_vicuna_tokenizer,
 }
+# One text behind a picture is all that BLIP-2 knows; tests/test_lavis_stage2.py holds its tokens to the authors'.
+SEVERAL_TURNS = [name for name in TEMPLATES if name != "blip2_opt"]
 ENDS = {
     "plain": "\n",
     "vicuna_v0": "###",
@@ -86,11 +88,11 @@ def end_of(template, tokenizer):
 
 
 def test_every_template_is_tested():
-    assert set(ENDS) == set(TEMPLATES)
+    assert set(ENDS) == set(SEVERAL_TURNS)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("template", [*TEMPLATES, "tokenizer"])
+@pytest.mark.parametrize("template", [*SEVERAL_TURNS, "tokenizer"])
 def test_exactly_the_assistants_words_and_end_token_are_trained(tokenizers, template, name):
     tokenizer = tokenizers[name]
     end = end_of(template, tokenizer)
@@ -105,7 +107,7 @@ def test_exactly_the_assistants_words_and_end_token_are_trained(tokenizers, temp
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("template", [*TEMPLATES, "tokenizer"])
+@pytest.mark.parametrize("template", [*SEVERAL_TURNS, "tokenizer"])
 @settings(max_examples=15, deadline=None)
 @given(answer=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=12))
 def test_whatever_the_assistant_says_is_what_is_trained(tokenizers, template, name, answer):
@@ -126,7 +128,7 @@ MARKED = [
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("template", [*TEMPLATES, "tokenizer"])
+@pytest.mark.parametrize("template", [*SEVERAL_TURNS, "tokenizer"])
 @pytest.mark.parametrize("answer", MARKED)
 def test_marks_within_an_answer_stay_text_and_do_not_move_the_mask(tokenizers, template, name, answer):
     tokenizer = tokenizers[name]
@@ -247,7 +249,7 @@ def test_a_template_without_generation_blocks_gives_the_same_mask(tokenizer):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_prompt_is_what_comes_before_the_answer_in_training(tokenizers, name):
     tokenizer = tokenizers[name]
-    for template in TEMPLATES:
+    for template in SEVERAL_TURNS:
         whole = tokenize_conversation(TURNS[:2], template, tokenizer)
         prompt = tokenize_conversation(TURNS[:1], template, tokenizer, add_generation_prompt=True)
         first = whole.trained.index(True)

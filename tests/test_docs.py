@@ -283,6 +283,8 @@ def all_sections() -> list[Any]:
         found = list(sections(start, root))
         for path, family, schema in found:
             shared = len({f for _, f, s in found if s is schema}) > 1
+            if shared and len({s for p, _, s in found if p == path}) > 1:  # one of several kinds of bridge
+                family, shared = schema.model_fields["type"].default, False
             heading = path if shared or not family else f"{path} ({family})"
             result[heading] = pytest.param(page, heading, schema, id=f"{page}-{heading}")
     return list(result.values())
