@@ -20,9 +20,9 @@ from vlm.data.text_batch import TextBatch
 
 
 def bundles(kind: str) -> list[Any]:
-    """The folders `lavis/KIND_*`, or one parameter that skips."""
-    root = os.environ.get("VLM_ORACLES")
-    found = sorted(Path(root, "lavis").glob(f"{kind}_*")) if root else []
+    """The folders `lavis/KIND_*` of VLM_ORACLES (by default `../shared/oracles`), or one parameter that skips."""
+    root = os.environ.get("VLM_ORACLES") or Path(__file__).resolve().parents[2] / "shared" / "oracles"
+    found = sorted(Path(root, "lavis").glob(f"{kind}_*"))
     if not found:
         why = pytest.mark.skip(reason=f"set VLM_ORACLES to the folder that holds lavis/{kind}_*")
         return [pytest.param(None, marks=why, id="none")]

@@ -53,7 +53,7 @@ def test_overrides_reach_into_lists_and_short_forms():
 
 def test_a_python_object_in_yaml_is_refused_and_not_made(tmp_path):
     file = tmp_path / "evil.yaml"
-    file.write_text("model: !!python/object/apply:os.system ['touch /tmp/owned']\n")
+    file.write_text("model: !!python/object/apply:os.system ['touch owned']\n")
     with pytest.raises(VlmError, match=r"evil\.yaml:1: not plain YAML"):
         load_recipe(file)
 
