@@ -7,6 +7,7 @@ from typing import Any
 
 from generative_parts import pictures
 from tiny_models import tiny_bert, tiny_hf_image_model
+from training_parts import STEADY_EPS
 
 from vlm.recipe import Recipe
 
@@ -42,8 +43,7 @@ def dual_recipe(tiny_folder: Callable[..., Path], file: Path, output: Path, **op
         "model": dual_spec(tiny_folder, **options.pop("model", {})),
         "objectives": ["itc"],
         "data": {"train": [{"dataset": str(file), "format": "captions_jsonl"}], **options.pop("data", {})},
-        # A larger eps than usual: where gradients are tiny, Adam makes steps of their rounding.
-        "optimizer": {"lr": 1e-2, "eps": 1e-4},
+        "optimizer": {"lr": 1e-2, "eps": STEADY_EPS},
         "train": {"batch_size": 6, "steps": 6, "log_every": 1, "checkpoint_every": 3, **options.pop("train", {})},
         "output": str(output),
         **options,

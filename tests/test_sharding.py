@@ -39,8 +39,6 @@ def recipe(tiny_folder, tmp_path):
 
     def make(output, trainable=None, **options):
         made = tiny_recipe(tiny_folder, data, tmp_path / output, **options)
-        # Adam would turn the rounding noise of a gradient that is nearly 0 into a step.
-        made = made.model_copy(update={"optimizer": made.optimizer.model_copy(update={"eps": 1e-3})})
         return made.model_copy(update={"trainable": trainable}) if trainable else made
 
     return make
