@@ -82,6 +82,9 @@ def build_row(texts: Sequence[TokenizedText], images: Sequence[str]) -> Row:
         if first is None:
             raise VlmError("a sample has no token to train on: its answer is empty or was cut off")
         branches.append(_Branch(text.ids[:-1], labels, first))
+    if len(texts) > 1 and any(branch.ids[branch.shareable] == IMAGE_SLOT for branch in branches):
+        # A picture's last token predicts (the start token, in BLIP-2), so no two texts can have it in common.
+        return concatenate([build_row([text], images) for text in texts])
     row = Row([], [], [], [], [], list(images))
     _emit(row, branches, 0, -1)
     return row

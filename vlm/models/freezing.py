@@ -84,18 +84,19 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor], where: str, p
     parameters = {logical_name(name): parameter for name, parameter in model.named_parameters()}
     unknown = sorted(set(state) - set(parameters))
     if unknown:
-        raise VlmError(f"{where}: the model has no place for {_some(unknown)}")
+        raise VlmError(f"{where}: the model has no place for {some_names(unknown)}")
     wrong = [n for n, value in state.items() if value.shape != parameters[n].shape]
     if wrong:
         shapes = f"{tuple(state[wrong[0]].shape)} there, {tuple(parameters[wrong[0]].shape)} in the model"
-        raise VlmError(f"{where}: shapes differ for {_some(wrong)} ({shapes})")
+        raise VlmError(f"{where}: shapes differ for {some_names(wrong)} ({shapes})")
     missing = sorted({name for name, _ in named_trainable(model)} - set(state))
     if missing and not partial:
-        raise VlmError(f"{where}: lacks {_some(missing)}")
+        raise VlmError(f"{where}: lacks {some_names(missing)}")
     for name, value in state.items():
         parameters[name].copy_(spread_like(value, parameters[name]))
     return missing
 
 
-def _some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm.backbones.llava_checkpoint import read_projector
 from vlm.devices import pick_device, pick_precision
 from vlm.errors import VlmError
-from vlm.models.build import build_model, read_weights, save_model_folder
+from vlm.models.build import build_model, save_model_folder
 from vlm.models.freezing import load_trained_state, named_trainable, trained_state
 from vlm.models.sharded import load_optimizer_state, whole_optimizer_state
+from vlm.models.starting import start_from
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
 from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers
@@ -80,7 +80,7 @@ class Trainer:
 
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
-            self._start_from(Path(recipe.init_from).expanduser())
+            self.report.say(start_from(self.model, Path(recipe.init_from).expanduser()))
         if recipe.train.cpu_offload:
             check_offload(self.device)
         if recipe.train.gradient_checkpointing:
@@ -106,23 +106,6 @@ class Trainer:
         self.report.summary(self.model, self.folder.path, self.source.num_samples, self.steps, str(self.device))
 
     # ---- setup ----------------------------------------------------------------------------------------------
-
-    def _start_from(self, run: Path) -> None:
-        """Take the trained weights of an earlier run; every tensor there must have a place here."""
-        for path in (run / "model" / "trained.safetensors", run / "trained.safetensors"):
-            if path.is_file():
-                lacking = load_trained_state(self.model, read_weights(path), where=str(path), partial=True)
-                fresh = sorted({".".join(name.split(".")[:2]) for name in lacking})
-                self.report.say(f"starting from {run}" + (f"; new here: {', '.join(fresh)}" if fresh else ""))
-                return
-        if projector := read_projector(run):  # a published LLaVA's
-            load_trained_state(self.model, projector, where=str(run), partial=True)
-            self.report.say(f"starting from the projector of {run}")
-            return
-        raise VlmError(
-            f"init_from: {run} holds no trained model (expected model/trained.safetensors) and no LLaVA's projector "
-            "(mm_projector.bin)"
-        )
 
     def _resume(self) -> None:
         checkpoint = newest_checkpoint(self.folder.checkpoints)
