@@ -338,9 +338,9 @@ def test_captions_can_be_put_into_a_prompt_and_folds_chosen(captions: Data, tmp_
 def test_embeddings_of_another_shape_are_an_error(captions: Data, tmp_path: Path) -> None:
     class Queries(Colours):
         def encode_image(self, images: list[str]) -> torch.Tensor:
-            return torch.ones(len(images), 2, 3)
+            return torch.ones(len(images), 2, 2, 3)
 
-    with pytest.raises(VlmError, match=r"encode_image gave embeddings of shape \[4, 2, 3\]"):
+    with pytest.raises(VlmError, match=r"encode_image gave embeddings of shape \[4, 2, 2, 3\]"):
         evaluate(benchmark(tmp_path, task="retrieval"), Queries(), progress=False)
 
 

@@ -155,7 +155,7 @@ def test_tensors_of_any_float_type_serve_and_the_best_candidates_are_told() -> N
     [
         ({"tie_rule": "optimist"}, "did you mean 'optimistic'"),
         ({"text_embeds": np.ones((3, 5))}, r"same width, got \[3, 4\] and \[3, 5\]"),
-        ({"image_embeds": np.ones((3, 2, 4))}, r"got \[3, 2, 4\]"),
+        ({"image_embeds": np.ones((3, 2, 2, 4))}, r"got \[3, 2, 2, 4\]"),
         ({"text_embeds": np.ones((0, 4))}, "0 captions"),
         ({"text_to_image": [0, 1, 3]}, "0 to 2"),
         ({"text_to_image": [0, 1, -1]}, "0 to 2"),

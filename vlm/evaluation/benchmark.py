@@ -50,6 +50,7 @@ class Benchmark(Strict):
     name; by default the labels themselves, underscores read as spaces.
     templates: prompts with `{}` for the class name: a set's name (`TEMPLATE_SETS`), or a list.
     class_prompts: class -> prompts of its own in place of the templates.
+    rerank: of each query so many nearest by embedding are ranked again by a model that can match (retrieval); 0: none.
     protocol: how the headline score is computed; also: further protocols reported beside it.
     baselines: the training split that the blind baselines learn from (vqa); none without it.
     """
@@ -63,6 +64,7 @@ class Benchmark(Strict):
     classes: str | dict[str, str] | None = None
     templates: str | list[str] = "simple"
     class_prompts: dict[str, list[str]] = Field(default={})
+    rerank: int = Field(default=128, ge=0)
     metric: str = ""
     protocol: str = ""
     also: list[str] = Field(default=[])

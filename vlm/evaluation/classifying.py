@@ -66,7 +66,8 @@ def classify_pictures(model: Any, job: Job, batch_size: int, advance: Advance) -
 
     def scores_of(images: list[str]) -> np.ndarray:
         if job.plan.class_prompts:
-            return _array(model.encode_image(images)) @ classifier.T  # [B, U]
+            scores = _array(model.encode_image(images)) @ classifier.T  # [B, U], of a Q-Former [B, Q, U]
+            return scores.max(axis=1) if scores.ndim == 3 else scores
         return _array(model.classify(images, unique, templates=templates))  # [B, U]
 
     predictions: list[Prediction] = []

@@ -1,12 +1,34 @@
-"""Retrieval in two steps: the nearest by embedding, scored again by a model that looks at both (BLIP-2)."""
+"""Retrieval in two steps: the nearest by embedding, scored again by a model that looks at both.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+Li et al. 2023 (BLIP-2), section 4.4: the first k by the contrastive similarity, re-ranked by matching. Every query of
+both directions has its list; a pair that stands in two of them is scored once, and each picture is looked at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm.errors import VlmError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OUTSIDE = -100.0  # score of what is not among the nearest
+_PICTURES = 32  # pictures that a model looks at before the next ones
+
+
+def rescored(scores: "Tensor", k: int, logits: Callable[["Tensor", "Tensor"], "Tensor"]) -> "Tensor":
+    """Scores of candidates [Q,U] in two steps: similarity + matching logit of the k nearest, OUTSIDE for all others.
+
+    logits(rows, columns): of the pairs at these places [Q,k].
+    """
+    import torch
+
+    near = scores.topk(min(k, scores.shape[1]), 1)
+    rows = torch.arange(len(scores), device=scores.device)[:, None].expand_as(near.indices)
+    fresh = near.values + logits(rows, near.indices).to(scores)
+    return torch.full_like(scores, OUTSIDE).scatter(1, near.indices, fresh)
 
 
 def rerank(
@@ -16,17 +38,68 @@ def rerank(
 
     similarity: cosine of M images and N texts. score(image, texts): matching logits of one image with several texts.
     k: candidates of each query that are scored again: their logit plus cosine; all others get OUTSIDE.
-    Each image is asked about once, each pair scored once, also where it stands in both directions' lists.
     """
-    import torch
+    pairs = Pairs()
+    rescored(similarity, k, pairs.note)
+    rescored(similarity.T, k, lambda rows, columns: pairs.note(columns, rows))
+    for image, texts in pairs.by_image():
+        pairs.tell(image, texts, score(image, texts))
+    of_images = rescored(similarity, k, pairs.logits)
+    return of_images, rescored(similarity.T, k, lambda rows, columns: pairs.logits(columns, rows))
 
-    images, texts = similarity.shape
-    of_images = torch.zeros(images, texts, dtype=torch.bool, device=similarity.device)
-    of_images.scatter_(1, similarity.topk(min(k, texts), 1).indices, True)
-    of_texts = torch.zeros_like(of_images).scatter_(0, similarity.topk(min(k, images), 0).indices, True)
-    scores = torch.full_like(similarity, OUTSIDE)
-    for image, row in enumerate((of_images | of_texts).cpu()):
-        if wanted := row.nonzero()[:, 0].tolist():
-            scores[image, wanted] = score(image, wanted).to(scores) + similarity[image, wanted]
-    outside = torch.full_like(scores, OUTSIDE)
-    return torch.where(of_images, scores, outside), torch.where(of_texts, scores, outside).T
+
+class Pairs:
+    """Pairs of a picture and a text that are to be matched, each once, and their logits."""
+
+    def __init__(self) -> None:
+        self._noted: list[np.ndarray] = []
+        self._keys = np.empty(0, dtype=np.int64)  # image << 32 | text, ascending
+        self._logits = np.empty(0, dtype=np.float32)
+
+    def note(self, images: "Tensor", texts: "Tensor") -> "Tensor":
+        """Note pairs of any shape; returns a zero in place of their logits."""
+        self._noted.append(np.unique(_keys(images, texts)))
+        return images.new_zeros(())
+
+    def by_image(self) -> list[tuple[int, list[int]]]:
+        """Each image of a pair with all its texts, in order."""
+        if self._noted:
+            self._keys = np.unique(np.concatenate([self._keys, *self._noted]))
+            self._logits, self._noted = np.full(len(self._keys), np.nan, dtype=np.float32), []
+        images = self._keys >> 32
+        ends = np.flatnonzero(np.diff(images)) + 1
+        groups = np.split(self._keys, ends) if len(self._keys) else []
+        return [(int(group[0] >> 32), (group & 0xFFFFFFFF).tolist()) for group in groups]
+
+    def tell(self, image: int, texts: Sequence[int], logits: "Tensor") -> None:
+        """Keep the logits of one image with texts."""
+        places = np.searchsorted(self._keys, (image << 32) | np.asarray(texts, dtype=np.int64))
+        self._logits[places] = logits.detach().float().cpu().numpy()
+
+    def logits(self, images: "Tensor", texts: "Tensor") -> "Tensor":
+        """The logits of pairs that were told, in their shape. Raises VlmError for one that is no number."""
+        import torch
+
+        keys = _keys(images, texts)
+        places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        found = np.where(self._keys[places] == keys, self._logits[places], np.float32(np.nan))
+        if len(bad := np.argwhere(~np.isfinite(found))):
+            place = tuple(bad[0])
+            pair = f"image {int(keys[place] >> 32)} and text {int(keys[place] & 0xFFFFFFFF)}"
+            raise VlmError(f"the matching logit of {pair} is not finite (and {len(bad) - 1} more)")
+        return torch.from_numpy(found).to(images.device)
+
+
+def match_pairs(model: Any, pairs: Pairs, images: Sequence[str], texts: Sequence[str]) -> None:
+    """Ask `model.match_each` for the logits of all noted pairs of pictures and texts, by number."""
+    groups = pairs.by_image()
+    for start in range(0, len(groups), _PICTURES):
+        part = groups[start : start + _PICTURES]
+        logits = model.match_each([images[image] for image, _ in part], texts, [wanted for _, wanted in part])
+        for (image, wanted), row in zip(part, logits, strict=True):
+            pairs.tell(image, wanted, row)
+
+
+def _keys(images: "Tensor", texts: "Tensor") -> np.ndarray:
+    keys: np.ndarray = ((images.long() << 32) | texts.long()).cpu().numpy()
+    return keys

@@ -15,8 +15,9 @@ it answers lies anywhere between the last two; without ties all three rules equa
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 TIE_RULES = ("expected", "optimistic", "pessimistic")
 BLOCK = 1 << 24  # similarities held at once: 64 MB in float32
+
+# (way, numbers of queries [R] and of candidates [U], their scores [R,U]) -> other scores; way is "TR" or "IR"
+Rescore = Callable[[str, np.ndarray, np.ndarray, "Tensor"], "Tensor"]
 
 _NO_RANK = np.inf  # of a query that could not be asked, or whose right answer is no candidate
 
@@ -82,16 +86,19 @@ def retrieval_recall(
     folds: int = 1,
     present: Any = None,
     top: int = 0,
+    rescore: Rescore | None = None,
 ) -> RetrievalScores:
     """Recall at each of `ks` and median ranks, text retrieval (TR) and image retrieval (IR).
 
-    image_embeds: [M,E]; text_embeds: [N,E]; arrays or tensors, compared on the device where the pictures' tensor lies.
+    image_embeds: [M,E], or [M,Q,E] where a picture is several points and the nearest to a caption counts (BLIP-2);
+    text_embeds: [N,E]; arrays or tensors, compared on the device where the pictures' tensor lies.
     text_to_image: [N] the picture of each caption; a picture may have any number of captions, none included.
     block: how many similarities are held at once (never less than one query's).
     folds: the pictures in so many parts of the same size, in their order, each searched alone; scores are the parts'
     mean. COCO 1K is folds=5 of the 5,000 pictures of the Karpathy test split.
     present: [M] False for pictures that could not be read: they are no candidates and count as wrong both ways.
     top: how many of the best candidates of each query to keep.
+    rescore: gives every block of scores anew before it is ranked (`vlm.evaluation.reranking`).
 
     Raises VlmError on shapes that do not fit, numbers that are not finite, and an unknown tie rule.
     """
@@ -110,7 +117,8 @@ def retrieval_recall(
         captions = np.flatnonzero(owner // size == fold)
         parts.append((pictures, captions))
         if len(captions):
-            _search(images, texts, owner, there, pictures, captions, block, top, (text_results, image_results))
+            results = text_results, image_results
+            _search(images, texts, owner, there, pictures, captions, block, top, results, rescore)
     return _scores(text_results, image_results, parts, owner, tuple(ks), tie_rule)
 
 
@@ -122,9 +130,11 @@ def _checked(
     images, texts = (torch.as_tensor(embeds).detach() for embeds in (image_embeds, text_embeds))
     owner = np.asarray(torch.as_tensor(text_to_image).cpu())
     there = np.ones(len(images), dtype=bool) if present is None else np.asarray(present, dtype=bool)
-    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
+    if images.ndim not in (2, 3) or texts.ndim != 2 or images.shape[-1] != texts.shape[1]:
         shapes = f"{list(images.shape)} and {list(texts.shape)}"
-        raise VlmError(f"expected embeddings [M,E] of pictures and [N,E] of captions of the same width, got {shapes}")
+        raise VlmError(
+            f"expected embeddings [M,E] or [M,Q,E] of pictures and [N,E] of captions of the same width, got {shapes}"
+        )
     if not len(images) or not len(texts):
         raise VlmError(f"{len(images)} pictures and {len(texts)} captions: retrieval needs at least one of both")
     if owner.shape != (len(texts),) or there.shape != (len(images),):
@@ -137,7 +147,7 @@ def _checked(
     wide = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)  # at least float32
     images, texts = images.to(wide), texts.to(device=images.device, dtype=wide)
     for what, embeds, used in (("picture", images, there), ("caption", texts, np.ones(len(texts), dtype=bool))):
-        if len(bad := np.flatnonzero(~embeds.isfinite().all(dim=1).cpu().numpy() & used)):
+        if len(bad := np.flatnonzero(~embeds.flatten(1).isfinite().all(dim=1).cpu().numpy() & used)):
             raise VlmError(
                 f"the embedding of {what} {bad[0]} (and {len(bad) - 1} more) holds numbers that are not finite"
             )
@@ -161,6 +171,7 @@ def _search(
     block: int,
     top: int,
     results: tuple[_Direction, _Direction],
+    rescore: Rescore | None,
 ) -> None:
     """Both directions among some pictures and their captions."""
     shown = pictures[there[pictures]]
@@ -171,8 +182,10 @@ def _search(
     asked = place[owner[captions]] >= 0  # captions whose picture could be read
     pairs = place[owner[captions][asked]]  # [n] row of the picture of each such caption
     numbers = np.flatnonzero(asked)
-    _rank(images[shown], texts[captions], pairs, numbers, block, top, results[0], shown, captions)
-    _rank(texts[captions], images[shown], numbers, pairs, block, top, results[1], captions, shown)
+    of_images = None if rescore is None else partial(rescore, "TR")
+    of_texts = None if rescore is None else partial(rescore, "IR")
+    _rank(images[shown], texts[captions], pairs, numbers, block, top, results[0], shown, captions, of_images)
+    _rank(texts[captions], images[shown], numbers, pairs, block, top, results[1], captions, shown, of_texts)
 
 
 def _rank(
@@ -185,6 +198,7 @@ def _rank(
     found: _Direction,
     query_numbers: np.ndarray,
     candidate_numbers: np.ndarray,
+    rescore: Callable[[np.ndarray, np.ndarray, "Tensor"], "Tensor"] | None,
 ) -> None:
     """Fill in `found` for every query that has a right candidate; `pair_*` [P] list which belong together.
 
@@ -207,6 +221,8 @@ def _rank(
         if low == high and not top:
             continue
         scores = similarities(queries[start:stop], kept)  # [R, U]
+        if rescore is not None:
+            scores = rescore(query_numbers[start:stop], candidate_numbers[unique], scores)
         if top:
             best = scores.topk(min(top, scores.shape[1]), dim=1).indices.cpu().numpy()
             found.top[query_numbers[start:stop], : best.shape[1]] = candidate_numbers[unique[best]]
@@ -228,8 +244,14 @@ def _rank(
 
 
 def similarities(queries: "Tensor", candidates: "Tensor") -> "Tensor":
-    """Dot products [R,U] of one block of queries [R,E] with all candidates [U,E]."""
-    return queries @ candidates.T
+    """Dot products [R,U] of one block of queries [R,E] with all candidates [U,E]; the largest where one side is several
+    points a row ([R,Q,E] or [U,Q,E]).
+    """
+    from vlm.objectives.query_itc import query_similarity
+
+    if queries.ndim == 3:
+        return query_similarity(queries, candidates)
+    return query_similarity(candidates, queries).T if candidates.ndim == 3 else queries @ candidates.T
 
 
 def _count(mask: "Tensor", weights: "Tensor | None") -> "Tensor":

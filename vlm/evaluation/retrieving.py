@@ -1,11 +1,13 @@
-"""The task `retrieval`: find the captions of a picture and the picture of a caption, by embeddings.
+"""The task `retrieval`: find the captions of a picture and the picture of a caption, by embeddings; a model that can
+match ranks the nearest again.
 
 Every picture and every distinct caption is encoded once. Captions of records that show the same picture are its
-captions.
+captions. With `rerank: k`, the k nearest of each query by embedding (in its own fold) are scored by matching logit +
+cosine, and stand before all others; pictures are looked at once more for that.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +15,9 @@ import numpy as np
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation.intervals import Parts
+from vlm.evaluation.reranking import Pairs, match_pairs, rescored
 from vlm.evaluation.result import Sample
-from vlm.evaluation.retrieval import TIE_RULES, RetrievalScores, retrieval_recall
+from vlm.evaluation.retrieval import BLOCK, TIE_RULES, Rescore, RetrievalScores, retrieval_recall
 from vlm.evaluation.task import Advance, Job, Judged, without_broken
 
 if TYPE_CHECKING:
@@ -32,8 +35,10 @@ _SHOWN = 5  # candidates kept of each query
 class Embeddings:
     """What a model made of the pictures [M] and captions [N] of the records.
 
-    names: id of the first record of each picture. images: unit length [M,E], rows of broken pictures are zero.
-    problems: [M] why a picture could not be read, or None.
+    names: id of the first record of each picture. images: unit length [M,E], of a Q-Former [M,Q,E]; rows of broken
+    pictures are zero. problems: [M] why a picture could not be read, or None. distinct: [N] the same number for
+    captions of the same text. pairs: the nearest, by number of picture and of text, and whether they match; None
+    without re-ranking.
     """
 
     paths: list[str]
@@ -43,6 +48,16 @@ class Embeddings:
     images: "Tensor"
     texts: "Tensor"
     problems: list[str | None]
+    distinct: np.ndarray
+    pairs: Pairs | None = None
+
+    def recall(self, protocol: str, rescore: Rescore | None = None, top: int = 0) -> RetrievalScores:
+        """Recall by a protocol."""
+        rule, _, folds = protocol.partition("-")
+        present = [problem is None for problem in self.problems]
+        folds_of = FOLDS if folds else 1
+        owner = self.text_to_image
+        return retrieval_recall(self.images, self.texts, owner, KS, BLOCK, rule, folds_of, present, top, rescore)
 
 
 def check(record: Record) -> None:
@@ -59,7 +74,7 @@ def problems(outputs: Embeddings) -> list[str | None]:
 
 
 def embed(model: Any, job: Job, batch_size: int, advance: Advance) -> Embeddings:
-    """Encode every picture of the records once, and every distinct caption once."""
+    """Encode every picture of the records once, and every distinct caption once; match the nearest."""
     import torch
 
     if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
@@ -93,49 +108,80 @@ def embed(model: Any, job: Job, batch_size: int, advance: Advance) -> Embeddings
         [_rows(model, "encode_text", distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
     )
     place = {text: number for number, text in enumerate(distinct)}
-    images = torch.stack([rows[n] if n in rows else torch.zeros_like(texts[0]) for n in range(len(paths))])
-    return Embeddings(
+    nothing = torch.zeros_like(next(iter(rows.values()), texts[0]))
+    images = torch.stack([rows.get(n, nothing) for n in range(len(paths))])
+    numbers_of_texts = np.array([place[prompts[caption]] for caption in captions])
+    found = Embeddings(
         paths=paths,
         names=names,
         captions=captions,
         text_to_image=np.array(owner),
         images=images,
-        texts=texts[[place[prompts[caption]] for caption in captions]],
+        texts=texts[numbers_of_texts],
         problems=wrong,
+        distinct=numbers_of_texts,
     )
+    if not job.plan.rerank or not hasattr(model, "match_each") or not rows:
+        return found
+    return replace(found, pairs=_matched(model, job, found, distinct))
+
+
+def _matched(model: Any, job: Job, found: Embeddings, texts: list[str]) -> Pairs:
+    """The matching logits of all pairs that a protocol of the benchmark will ask for."""
+    pairs = Pairs()
+    for folds in {protocol.partition("-")[2] for protocol in (job.plan.protocol, *job.plan.also)}:
+        protocol = f"{TIE_RULES[0]}-{folds}" if folds else TIE_RULES[0]
+        found.recall(protocol, _again(found, job.plan.rerank, pairs.note), top=1)
+    match_pairs(model, pairs, found.paths, texts)
+    return pairs
+
+
+def _again(found: Embeddings, k: int, logits: Callable[["Tensor", "Tensor"], "Tensor"]) -> Rescore:
+    """Scores a block of similarities anew by what `logits` says of pictures and distinct texts."""
+    import torch
+
+    def rescore(way: str, queries: np.ndarray, candidates: np.ndarray, scores: "Tensor") -> "Tensor":
+        images, captions = (queries, candidates) if way == "TR" else (candidates, queries)
+        image, text = torch.from_numpy(images), torch.from_numpy(found.distinct[captions])
+
+        def of(rows: "Tensor", columns: "Tensor") -> "Tensor":
+            rows, columns = rows.cpu(), columns.cpu()
+            return logits(image[rows], text[columns]) if way == "TR" else logits(image[columns], text[rows])
+
+        return rescored(scores, k, of)
+
+    return rescore
 
 
 def _rows(model: Any, method: str, inputs: list[str]) -> "Tensor":
-    """Embeddings [B,E] on the CPU, at least float32."""
+    """Embeddings [B,E], or [B,Q,E] of pictures, on the CPU, at least float32."""
     import torch
 
     embeds = torch.as_tensor(getattr(model, method)(inputs)).detach().cpu()
-    if embeds.ndim != 2 or len(embeds) != len(inputs):
+    if embeds.ndim not in ((2, 3) if method == "encode_image" else (2,)) or len(embeds) != len(inputs):
         shape = f"{list(embeds.shape)} for {len(inputs)} inputs"
-        raise VlmError(f"{type(model).__name__}.{method} gave embeddings of shape {shape}; retrieval needs [B,E]")
+        raise VlmError(
+            f"{type(model).__name__}.{method} gave embeddings of shape {shape}; retrieval needs [B,E], or of "
+            "pictures [B,Q,E]"
+        )
     return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
 
 
 def judge(job: Job, outputs: Embeddings, protocol: str) -> Judged:
     """Recall both ways; one sample for each picture that asks and one for each caption.
 
-    A record that could not be read counts as one more wrong picture and one more wrong caption.
+    Where the nearest were ranked again, recall before that as well: `ITC_TR@1` and so on. A record that could not be
+    read counts as one more wrong picture and one more wrong caption.
     """
-    rule, _, folds = protocol.partition("-")
-    found = retrieval_recall(
-        outputs.images,
-        outputs.texts,
-        outputs.text_to_image,
-        ks=KS,
-        tie_rule=rule,
-        folds=FOLDS if folds else 1,
-        present=[problem is None for problem in outputs.problems],
-        top=_SHOWN,
-    )
+    near = None if outputs.pairs is None else _again(outputs, job.plan.rerank, outputs.pairs.logits)
+    found = outputs.recall(protocol, near, top=_SHOWN)
     asked = {"TR": len(outputs.paths), "IR": len(outputs.captions)}
     scores = {name: job.diluted(found[name], asked[name[:2]]) for name in METRICS}
     scores["rsum"] = sum(scores.values())
     scores |= {name: found[name] for name in ("TR_median_rank", "IR_median_rank")}
+    if near is not None:
+        before = outputs.recall(protocol)
+        scores |= {f"ITC_{name}": job.diluted(before[name], asked[name[:2]]) for name in METRICS}
     _, _, k = job.plan.metric.partition("@")
     samples = _samples(outputs, found, k)
     contributions: dict[str, list[float | None] | Parts] = {}

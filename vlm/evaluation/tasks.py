@@ -191,6 +191,7 @@ TASKS: dict[str, Task] = {
         problems=retrieving.problems,
         prompt="{caption}",
         prompt_fields=("caption",),
+        keys=("rerank",),
         noun="queries",
     ),
 }

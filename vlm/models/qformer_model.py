@@ -269,6 +269,23 @@ class QFormerModel(TaskModel):
             rows.append(self.heads.match_logits(self.bridge.joint(image, asked)))
         return torch.cat(rows).softmax(-1)[:, 1]
 
+    @torch.inference_mode()
+    def match_each(self, images: Any, texts: Sequence[str], wanted: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits [P_i] that image i matches, one for each of its texts: those of the numbers `wanted[i]`.
+
+        Each picture is seen once, and its keys and values serve all its texts.
+        """
+        pictures, numbers = as_list(images), sorted({number for row in wanted for number in row})
+        place = {number: i for i, number in enumerate(numbers)}
+        batch = self.tokenize(_texts([texts[number] for number in numbers], "match_each"))
+        found: list[Tensor] = []
+        for part in _chunks(list(range(len(pictures))), IMAGE_CHUNK):
+            seen = self.see([pictures[i] for i in part])
+            for row, i in enumerate(part):
+                asked = batch.select([place[number] for number in wanted[i]])
+                found.append(self.match_logits_of(seen.select([row]), asked)[:, 1])
+        return found
+
     def match_logits_of(self, image: ImageKeysValues, texts: TextBatch, chunk: int = PAIR_CHUNK) -> Tensor:
         """Logits (no match, match) [P,2] of one image with each of P texts."""
         # Texts of a length go together, so that little padding is attended to.
