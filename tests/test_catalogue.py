@@ -95,6 +95,9 @@ def test_easy_vqa_captions_are_derived_and_agree_with_the_pixels() -> None:
     captions = {image: texts[0] for image, texts in shown.items() if texts}
     assert len(captions) >= 3000
     assert len(set(captions.values())) == 24
+    alone = load_dataset("easy_vqa_captions", "train")
+    assert {record.images[0]: record.captions[0] for record in alone.records} == captions
+    assert [len(load_dataset("easy_vqa_captions", split).records) for split in ("train", "test")] == [3578, 888]
     strongest = {"red": 0, "green": 1, "blue": 2}
     for image, caption in list(captions.items())[:200]:
         colour = caption.split()[1]

@@ -84,6 +84,9 @@ def test_easy_vqa_records_and_broken_entries(tmp_path: Path) -> None:
     assert (records[1].id, records[1].captions, records[1].meta["answer_type"]) == ("test-3", (), "yes/no")
     assert [b.reason for b in broken] == ["the question is empty", "expected [question, answer, image id]"]
     assert broken[0].where.endswith("questions.json: entry 2")
+    captioned, broken = read_records("easy_vqa_captions", tmp_path, "test")  # a record a picture, where it is sure
+    assert captioned == [Record("test-4", (str(tmp_path / "test/images/4.png"),), ("a blue circle",))]
+    assert broken == []
 
 
 # --- LLaVA

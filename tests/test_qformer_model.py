@@ -21,7 +21,7 @@ from vlm import UnsupportedTask, VlmError, load_model, train
 from vlm.model_spec import QFormerSpec
 from vlm.models.build import build_model
 from vlm.models.qformer_model import QFormerModel
-from vlm.recipe import Recipe
+from vlm.recipe import ObjectiveSpec, Recipe
 from vlm.training.loop import Trainer
 
 STAGE_ONE = [{"name": "itc", "smoothing": 0.1}, "itm", {"name": "lm", "smoothing": 0.1}]
@@ -84,6 +84,12 @@ def test_matches_are_the_same_alone_and_together(model: QFormerModel, tmp_path: 
     torch.testing.assert_close(one, torch.cat([model.match(images[0], text) for text in texts]))
     assert together.min() > 0
     assert together.max() < 1
+
+
+def test_long_texts_are_cut_where_they_are_matched(model: QFormerModel, tmp_path: Path) -> None:
+    image, cut = pictures(tmp_path, 1)[0], " ".join(["cat"] * (model.spec.match_length - 2))
+    torch.testing.assert_close(model.match(image, "cat " * 200), model.match(image, cut))
+    torch.testing.assert_close(model.encode_text("cat " * 200), model.encode_text(cut))
 
 
 def test_classes_are_judged_by_the_best_query(model: QFormerModel, tmp_path: Path) -> None:
@@ -220,7 +226,6 @@ def test_captions_of_one_picture_are_no_negatives(tiny_folder: Callable[..., Pat
     batch = trainer._collate(trainer.source.prepare(trainer.source.batch(0, 4)))
     from vlm.objectives.matching import find_negatives
     from vlm.objectives.objective import ReadOuts, make_pairs
-    from vlm.recipe import ObjectiveSpec
 
     image, text = ReadOuts(trainer.model, batch)("pairs")
     drawn = find_negatives(
@@ -233,6 +238,47 @@ def test_captions_of_one_picture_are_no_negatives(tiny_folder: Callable[..., Pat
     one = captions(tmp_path / "single", count=1, twice=1)
     with pytest.warns(UserWarning, match="one picture"):
         train(qformer_recipe(tiny_folder, one, tmp_path / "other", train={"batch_size": 2, "steps": 1}), quiet=True)
+
+
+def test_pictures_that_share_a_caption_are_no_negatives_where_the_recipe_says_so(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`equal_texts`: of a batch in which all but one picture have the same caption, only that one is wrong for them."""
+    file = captions(tmp_path / "data", count=5, twice=0)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines[:4]:
+        line["captions"] = ["a red chair"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    objectives = [{"name": "itc", "equal_texts": True}, {"name": "itm", "equal_texts": True}, "lm"]
+    recipe = qformer_recipe(tiny_folder, file, tmp_path / "run", objectives=objectives, train={"batch_size": 5})
+    trainer = Trainer(recipe, quiet=True)
+    batch = trainer._collate(trainer.source.prepare(trainer.source.batch(0, 5)))
+    from vlm.objectives.matching import find_negatives
+    from vlm.objectives.objective import ReadOuts, make_pairs
+
+    image, text = ReadOuts(trainer.model, batch)("pairs")
+    pairs = make_pairs(image, text, [batch], 3).detached()
+    (odd,) = [row for row, ids in enumerate(batch.text_ids.tolist()) if batch.text_ids.tolist().count(ids) == 1]
+    drawn = find_negatives(trainer.model, pairs, [batch], recipe.objectives[1])
+    assert drawn is not None
+    for row, places in enumerate(zip(drawn.images, drawn.texts)):
+        assert (odd in places) == (row != odd)
+        assert row == odd or set(places) == {odd}
+    plain = find_negatives(trainer.model, pairs, [batch], ObjectiveSpec(name="itm"))
+    assert plain is not None
+    assert any(odd not in places for row, places in enumerate(zip(plain.images, plain.texts)) if row != odd)
+    groups = pairs.together(recipe.objectives[0])
+    assert len(groups.unique()) == 2
+    assert trainer.train().finished
+
+
+def test_groups_join_over_pictures_and_texts_in_turn() -> None:
+    from vlm.objectives.objective import joined_groups
+
+    pictures, texts = torch.tensor([7, 7, 8, 9, 5]), torch.tensor([1, 2, 2, 3, 4])
+    assert joined_groups(pictures, texts).tolist() == [0, 0, 0, 3, 4]
+    chain = torch.arange(20)
+    assert joined_groups(chain // 2, (chain + 1) // 2).tolist() == [0] * 20
 
 
 def test_long_captions_are_cut(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -32,11 +32,15 @@ def model(tiny_folder: Callable[..., Path]) -> QFormerModel:
     return built
 
 
-def captioned(folder: Path, count: int = 15) -> tuple[Path, list[str], list[list[str]]]:
-    """Pictures with one or two captions each; no two captions are the same."""
+def captioned(
+    folder: Path, count: int = 15, single: bool = False, same: int = 0
+) -> tuple[Path, list[str], list[list[str]]]:
+    """Pictures with one or two captions each, no two the same; single: with one each. same: so many share theirs."""
     paths = pictures(folder, count)
-    every = [f"a {word} {thing}" for thing in THINGS for word in WORDS]
-    captions = [[every[i], *([f"a photo of {every[i]}"] if i % 3 == 0 else [])] for i in range(count)]
+    told = [f"a {word} {thing}" for thing in THINGS for word in WORDS]
+    captions = [[told[i], *([f"a photo of {told[i]}"] if not single and i % 3 == 0 else [])] for i in range(count)]
+    if same:
+        captions = [["the same"] if i < same else ["another"] for i in range(count)]
     lines = [
         {"id": str(i), "image": Path(path).name, "captions": told}
         for i, (path, told) in enumerate(zip(paths, captions))

@@ -14,11 +14,14 @@ class ObjectiveSpec(Strict):
     """One objective of `vlm.objectives.OBJECTIVES` and its share of the loss.
 
     smoothing: share of the target that is spread over all answers (itc: the batch, lm: the vocabulary).
+    equal_texts: pictures that have a text in common count as one (itc, sigmoid_itc, itm): for data where many pictures
+    share a caption, so that none of them is a wrong one for it.
     """
 
     name: str
     weight: float = Field(default=1.0, ge=0)
     smoothing: float = Field(default=0.0, ge=0, lt=1)
+    equal_texts: bool = False
 
 
 class DataSpec(Strict):

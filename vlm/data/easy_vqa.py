@@ -49,11 +49,7 @@ def read_easy_vqa(path: Path, split: str, images: Path | None) -> Iterator[Entry
     file = path / split / "questions.json"
     folder = images or path / split / "images"
     items = read_json_list(file)
-    pairs: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for item in items:
-        if _is_triple(item):
-            pairs[item[2]].append((item[0], item[1]))
-    captions = {image: derive_caption(told) for image, told in pairs.items()}
+    captions = _captions(items)
 
     def record(number: int, item: Any) -> Record:
         if not _is_triple(item):
@@ -74,6 +70,23 @@ def read_easy_vqa(path: Path, split: str, images: Path | None) -> Iterator[Entry
         )
 
     yield from each_entry(file, items, record)
+
+
+def read_easy_vqa_captions(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """The same files, a record a picture, of the pictures whose questions leave neither colour nor shape open."""
+    folder = images or path / split / "images"
+    for image, caption in _captions(read_json_list(path / split / "questions.json")).items():
+        if caption is not None:
+            yield Record(id=f"{split}-{image}", images=(str(folder / f"{image}.png"),), captions=(caption,))
+
+
+def _captions(items: Iterable[Any]) -> dict[int, str | None]:
+    """The caption of each picture, by its number."""
+    pairs: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for item in items:
+        if _is_triple(item):
+            pairs[item[2]].append((item[0], item[1]))
+    return {image: derive_caption(told) for image, told in pairs.items()}
 
 
 def _is_triple(item: Any) -> bool:

@@ -7,7 +7,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from vlm.data.cifar import read_cifar
-from vlm.data.easy_vqa import read_easy_vqa
+from vlm.data.easy_vqa import read_easy_vqa, read_easy_vqa_captions
 from vlm.data.parsing import BrokenRecord, Entry
 from vlm.data.readers.caption_lists import read_captions_csv, read_captions_json, read_captions_jsonl
 from vlm.data.readers.coco import read_coco_captions
@@ -82,6 +82,7 @@ def _with_unique_ids(records: Iterator[Record]) -> Iterator[Record]:
 # Adding a format is adding one entry here.
 FORMATS: dict[str, Reader] = {
     "easy_vqa": read_easy_vqa,
+    "easy_vqa_captions": read_easy_vqa_captions,
     "llava_json": read_llava_json,
     "captions_json": read_captions_json,
     "captions_jsonl": read_captions_jsonl,

@@ -14,7 +14,8 @@ class PairBatch:
 
     ids, mask: token ids and 1 where there is one, int64 [b,T]; empty where `text_features` [b,...] are given instead.
     images: the unique pictures. image_index: [b], which of them each text describes. picture_ids: int64 [b], equal
-    where texts describe the same picture, on every process. places: int64 [b], each pair's place in the global batch.
+    where texts describe the same picture, on every process. text_ids: the same of equal texts. places: int64 [b], each
+    pair's place in the global batch.
     image_inputs: pixels [U,3,H,W] or cached features of the unique pictures, once `with_images` has run.
     """
 
@@ -23,6 +24,7 @@ class PairBatch:
     images: list[str]
     image_index: Tensor
     picture_ids: Tensor
+    text_ids: Tensor
     places: Tensor
     text_features: Tensor | None = None
     image_inputs: Tensor | None = None
@@ -65,17 +67,23 @@ def pair_batch(
     """Texts (ids and mask [b,T], or features [b,...]) with the path of each one's picture and its place."""
     unique = list(dict.fromkeys(pictures))
     number = {path: i for i, path in enumerate(unique)}
+    if text_features is None:
+        texts = [row[:length].numpy().tobytes() for row, length in zip(ids.cpu(), mask.sum(-1).tolist())]
+    else:
+        texts = [row.contiguous().view(torch.uint8).numpy().tobytes() for row in text_features.cpu()]
     return PairBatch(
         ids=ids,
         mask=mask,
         images=unique,
         image_index=torch.tensor([number[path] for path in pictures], dtype=torch.long),
-        picture_ids=torch.tensor([_picture_id(path) for path in pictures], dtype=torch.long),
+        picture_ids=_numbers([path.encode(errors="surrogateescape") for path in pictures]),
+        text_ids=_numbers(texts),
         places=torch.tensor(list(places), dtype=torch.long),
         text_features=text_features,
     )
 
 
-def _picture_id(path: str) -> int:
-    """A number that is the same for the same path on every process."""
-    return int.from_bytes(hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1
+def _numbers(contents: Sequence[bytes]) -> Tensor:
+    """Of each a number that is the same for the same content on every process, int64."""
+    digests = [hashlib.blake2b(content, digest_size=8).digest() for content in contents]
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], dtype=torch.long)

@@ -14,7 +14,7 @@ from vlm.evaluation.ptb import ptb_tokenize
 
 ORDERS = 4  # longest n-gram
 BLEU = tuple(f"BLEU-{n}" for n in range(1, ORDERS + 1))
-METRICS = (*BLEU, "ROUGE-L", "CIDEr", "METEOR", "SPICE")
+METRICS = (*BLEU, "ROUGE-L", "CIDEr", "METEOR", "SPICE", "exact")
 DEFAULT_METRICS = METRICS[: METRICS.index("METEOR")]
 # How captions become words: `ptb` here, `java` by CoreNLP itself; `whitespace` for captions that are tokenised already.
 TOKENIZERS = ("ptb", "java", "whitespace")
@@ -63,7 +63,8 @@ def caption_scores(
 
     candidates: image id -> caption, or captions in the order of `references`. references: image id -> captions.
     metrics: any of `METRICS`; METEOR and SPICE run Java, from the extra `coco-java`. BLEU is the corpus' own score,
-    METEOR too; the others are means over images. CIDEr is CIDEr-D, whose document frequencies come from `references`:
+    METEOR too; the others are means over images. `exact`: whether a caption is one of its references, word for word.
+    CIDEr is CIDEr-D, whose document frequencies come from `references`:
     one image alone scores 0.
     tokenizer: one of `TOKENIZERS`.
 
@@ -85,6 +86,7 @@ def caption_scores(
     own: dict[str, Callable[[], np.ndarray]] = {
         "ROUGE-L": lambda: rouge_l(words, reference_words),
         "CIDEr": table.cider_d,
+        "exact": lambda: np.array([float(text in told) for text, told in zip(words, reference_words)]),
     }
     for name, compute in own.items():
         if name in metrics:

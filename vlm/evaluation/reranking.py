@@ -90,14 +90,23 @@ class Pairs:
         return torch.from_numpy(found).to(images.device)
 
 
-def match_pairs(model: Any, pairs: Pairs, images: Sequence[str], texts: Sequence[str]) -> None:
-    """Ask `model.match_each` for the logits of all noted pairs of pictures and texts, by number."""
+def match_pairs(
+    model: Any,
+    pairs: Pairs,
+    images: Sequence[str],
+    texts: Sequence[str],
+    value: Callable[["Tensor"], "Tensor"] = lambda logits: logits[:, 1],
+) -> None:
+    """Ask `model.match_each` about all noted pairs of pictures and texts, by number.
+
+    value: what is kept of the logits (no match, match) [P,2] of a picture with its texts: [P].
+    """
     groups = pairs.by_image()
     for start in range(0, len(groups), _PICTURES):
         part = groups[start : start + _PICTURES]
         logits = model.match_each([images[image] for image, _ in part], texts, [wanted for _, wanted in part])
         for (image, wanted), row in zip(part, logits, strict=True):
-            pairs.tell(image, wanted, row)
+            pairs.tell(image, wanted, value(row))
 
 
 def _keys(images: "Tensor", texts: "Tensor") -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
-from vlm.evaluation import classifying, describing, retrieving
+from vlm.evaluation import classifying, describing, matching, retrieving
 from vlm.evaluation.answers import AnswerScores, Scorer, score_aokvqa, score_gqa
 from vlm.evaluation.choices import listed, score_choices, score_circular, score_scienceqa
 from vlm.evaluation.result import Sample
@@ -193,5 +193,15 @@ TASKS: dict[str, Task] = {
         prompt_fields=("caption",),
         keys=("rerank",),
         noun="queries",
+    ),
+    "matching": Task(
+        ask=matching.ask,
+        judge=matching.judge,
+        check=retrieving.check,
+        metrics={name: Metric() for name in matching.METRICS},
+        problems=matching.problems,
+        prompt="{caption}",
+        prompt_fields=("caption",),
+        noun="pairs",
     ),
 }

@@ -271,7 +271,7 @@ class QFormerModel(TaskModel):
 
     @torch.inference_mode()
     def match_each(self, images: Any, texts: Sequence[str], wanted: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits [P_i] that image i matches, one for each of its texts: those of the numbers `wanted[i]`.
+        """Logits (no match, match) [P_i,2] of image i with each of its texts: those of the numbers `wanted[i]`.
 
         Each picture is seen once, and its keys and values serve all its texts.
         """
@@ -283,7 +283,7 @@ class QFormerModel(TaskModel):
             seen = self.see([pictures[i] for i in part])
             for row, i in enumerate(part):
                 asked = batch.select([place[number] for number in wanted[i]])
-                found.append(self.match_logits_of(seen.select([row]), asked)[:, 1])
+                found.append(self.match_logits_of(seen.select([row]), asked))
         return found
 
     def match_logits_of(self, image: ImageKeysValues, texts: TextBatch, chunk: int = PAIR_CHUNK) -> Tensor:

@@ -23,7 +23,7 @@ def compare_softmax(model: Any, pairs: Pairs, spec: ObjectiveSpec) -> Loss:
         pairs.image,
         pairs.text,
         scale,
-        image_ids=pairs.picture_ids,
+        image_ids=pairs.together(spec),
         smoothing=spec.smoothing,
         across_processes=num_processes() > 1,
     )
@@ -34,7 +34,7 @@ def _compare_queries(model: Any, pairs: Pairs, spec: ObjectiveSpec) -> Loss:
     """The same where an image is several points, of which the nearest to a text counts (BLIP-2)."""
     scale = model.scale
     loss = query_itc_loss(
-        pairs.image, pairs.text, scale, pairs.picture_ids, spec.smoothing, across_processes=num_processes() > 1
+        pairs.image, pairs.text, scale, pairs.together(spec), spec.smoothing, across_processes=num_processes() > 1
     )
     return loss, {"logit_scale": scale.detach() * len(pairs)}
 
@@ -48,7 +48,7 @@ def compare_sigmoid(model: Any, pairs: Pairs, spec: ObjectiveSpec) -> Loss:
         pairs.text,
         scale,
         0.0 if bias is None else bias,
-        image_ids=pairs.picture_ids,
+        image_ids=pairs.together(spec),
         across_processes=num_processes() > 1,
     )
     return loss, {"logit_scale": scale.detach() * len(pairs)}

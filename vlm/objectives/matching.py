@@ -45,7 +45,7 @@ def find_negatives(model: Any, pairs: Pairs, batches: Sequence[Any], spec: Objec
     sizes = process_sizes(len(pairs), device) if several else [len(pairs)]
     own = own_rows(sizes)
     images, texts = (gather_with_gradient(x.float(), sizes) if several else x for x in (pairs.image, pairs.text))
-    belong = same_picture(len(pairs), own, pairs.picture_ids, sizes, several, device)
+    belong = same_picture(len(pairs), own, pairs.together(spec), sizes, several, device)
     uniform = uniform_numbers(pairs.seed, pairs.places)
     scale = model.scale.detach()
     # Candidates stand in the order of the global batch, so that a number means the same one however it was split.

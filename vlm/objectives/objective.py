@@ -1,13 +1,14 @@
 """What an objective is: how it counts its terms, and what it computes of one batch or of a whole step's pairs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlm.errors import VlmError
+from vlm.objectives.processes import gather_with_gradient, own_rows, process_sizes
 from vlm.recipe import ObjectiveSpec
 
 Loss = tuple[Tensor, Mapping[str, Tensor]]  # a sum over terms, and what to report beside it: sums as well
@@ -18,13 +19,14 @@ class Pairs:
     """All image-text pairs of this process in one step, as points of the joint space.
 
     image: unit length [b,E], of a Q-Former [b,Q,E]. text: unit length [b,E]. picture_ids: int64 [b], equal where texts
-    describe the same picture, on all processes. places: int64 [b], each pair's place in the global batch. seed: what
-    this step's random draws depend on, beside the places.
+    describe the same picture, on all processes. text_ids: int64 [b], equal where texts are. places: int64 [b], each
+    pair's place in the global batch. seed: what this step's random draws depend on, beside the places.
     """
 
     image: Tensor
     text: Tensor
     picture_ids: Tensor
+    text_ids: Tensor
     places: Tensor
     seed: int = 0
 
@@ -33,7 +35,11 @@ class Pairs:
 
     def detached(self) -> "Pairs":
         """The same without gradient."""
-        return Pairs(self.image.detach(), self.text.detach(), self.picture_ids, self.places, self.seed)
+        return replace(self, image=self.image.detach(), text=self.text.detach())
+
+    def together(self, spec: ObjectiveSpec) -> Tensor:
+        """Integers [b], equal where a picture and a text belong together though they stand in different pairs."""
+        return joined_groups(self.picture_ids, self.text_ids) if spec.equal_texts else self.picture_ids
 
 
 @dataclass
@@ -86,6 +92,21 @@ class Objective:
 
 def make_pairs(image: Tensor, text: Tensor, batches: Sequence[Any], seed: int) -> Pairs:
     """Embeddings of several batches, one behind the other, as the pairs they are of."""
-    picture_ids = torch.cat([batch.picture_ids for batch in batches])
-    places = torch.cat([batch.places for batch in batches])
-    return Pairs(image, text, picture_ids, places, seed)
+    picture_ids, text_ids, places = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("picture_ids", "text_ids", "places")
+    )
+    return Pairs(image, text, picture_ids, text_ids, places, seed)
+
+
+def joined_groups(one: Tensor, other: Tensor) -> Tensor:
+    """Integers [b], equal for pairs of all processes that a chain of equal numbers in `one` or `other` [b] joins."""
+    sizes = process_sizes(len(one), one.device)
+    numbers = [gather_with_gradient(ids, sizes).unique(return_inverse=True)[1] for ids in (one, other)]
+    groups = torch.arange(sum(sizes), device=one.device)
+    while True:
+        before = groups
+        for number in numbers:  # each group takes the smallest number in it
+            smallest = torch.full_like(groups, len(groups)).scatter_reduce(0, number, groups, "amin")
+            groups = smallest[number]
+        if torch.equal(before, groups):
+            return groups[own_rows(sizes)]
