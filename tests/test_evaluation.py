@@ -25,7 +25,7 @@ from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation import bootstrap_interval, evaluate, load_benchmark, vqa_accuracy
 from vlm.evaluation.baselines import blind_baselines
 from vlm.evaluation.report import render_report
-from vlm.evaluation.tasks import whole_pictures
+from vlm.evaluation.sharing import in_batches
 from vlm.paths import yaml_names
 
 HOSTILE = "<script>alert('x')</script> & \"what\" colour?"
@@ -126,7 +126,7 @@ def test_the_questions_of_a_picture_are_asked_in_one_call_with_prompt_and_decodi
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=40), st.integers(1, 9))
 def test_chunks_hold_whole_pictures_and_every_record_once(pictures: list[int], size: int) -> None:
-    chunks = list(whole_pictures([Record(str(i), (f"{p}.png",)) for i, p in enumerate(pictures)], size))
+    chunks = list(in_batches([0] * len(pictures), size, pictures))
     assert sorted(index for chunk in chunks for index in chunk) == list(range(len(pictures)))
     for chunk in chunks:
         held = {pictures[index] for index in chunk}

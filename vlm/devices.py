@@ -1,5 +1,7 @@
 """The one place that decides where a model runs and in which precision."""
 
+import os
+
 import torch
 
 from vlm.errors import VlmError
@@ -15,7 +17,9 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
             raise VlmError(f"device {str(device)!r} was asked for, but no CUDA device is visible")
         return chosen
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        # Of several processes on one machine each has a device of its own, as torchrun numbers them.
+        own = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())) % torch.cuda.device_count()
+        return torch.device("cuda", own)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlm.cli.errors import one_line_errors
+from vlm.cli.processes import leave_the_group
 from vlm.errors import VlmError
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ def evaluate(
             raise VlmError(f"--predictions holds the answers of one benchmark, but {len(names)} are named")
         if submit:
             _submit_all(names, overrides, model, output, batch_size, cache)
-            return
-        _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial, cache)
+        else:
+            _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial, cache)
+        leave_the_group()
 
 
 def _submit_all(

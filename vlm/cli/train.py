@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from vlm.cli.errors import one_line_errors
+from vlm.cli.processes import leave_the_group
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,23 +37,11 @@ def train(
         from vlm.training import train as run
 
         result = run(checked, resume=resume, quiet=quiet or json_)
-        _leave_the_group()
+        leave_the_group()
         if json_:
             import json
 
             print(json.dumps({"folder": str(result.folder), "steps": result.steps, **result.metrics}))
-
-
-def _leave_the_group() -> None:
-    """End communication between processes before Python ends: its threads may not outlive the interpreter."""
-    import gc
-
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # a sharded model holds on to the group
-        distributed.barrier()
-        distributed.destroy_process_group()
 
 
 def main() -> None:

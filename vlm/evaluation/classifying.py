@@ -1,5 +1,6 @@
 """The task `zero_shot`: a picture is given the class whose prompts it resembles most."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from vlm.data.prompts import CLASS_NAMES, class_names, prompt_templates
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError, did_you_mean
 from vlm.evaluation.result import Sample
-from vlm.evaluation.task import Advance, Job, Judged, Prediction, without_broken
+from vlm.evaluation.sharing import PREDICTION, Asking, in_batches
+from vlm.evaluation.task import Job, Judged, Prediction, without_broken
 from vlm.evaluation.zero_shot import scores_of_ranks
 
 METRICS = ("acc@1", "acc@5", "mean_per_class_recall")
@@ -45,7 +47,7 @@ def candidates(job: Job) -> dict[str, str]:
     return names
 
 
-def classify_pictures(model: Any, job: Job, batch_size: int, advance: Advance) -> list[Prediction]:
+def classify_pictures(model: Any, job: Job, asking: Asking) -> list[Prediction]:
     """The first guesses of `model.classify` for every picture, as labels of the data set.
 
     Classes of the same name (ImageNet has two such pairs) are asked for once and share their score. With
@@ -70,10 +72,8 @@ def classify_pictures(model: Any, job: Job, batch_size: int, advance: Advance) -
             return scores.max(axis=1) if scores.ndim == 3 else scores
         return _array(model.classify(images, unique, templates=templates))  # [B, U]
 
-    predictions: list[Prediction] = []
-    for start in range(0, len(job.records), batch_size):
-        chunk = [record.images[0] for record in job.records[start : start + batch_size]]
-        table, whole, problems = without_broken(scores_of, chunk)
+    def call(batch: list[int]) -> list[Prediction]:
+        table, whole, problems = without_broken(scores_of, [images[n][0] for n in batch])
         guesses = {}
         if table is not None:
             if table.shape != (len(whole), len(unique)):
@@ -83,13 +83,15 @@ def classify_pictures(model: Any, job: Job, batch_size: int, advance: Advance) -
                 raise VlmError(f"{type(model).__name__} gave scores that are not numbers")
             best = np.argsort(-table[:, columns], axis=1, kind="stable")[:, :GUESSES]  # [B, 5]
             guesses = {n: tuple(labels[c] for c in row) for n, row in zip(whole, best.tolist(), strict=True)}
-        for number in range(len(chunk)):
-            if number in problems:
-                predictions.append(Prediction(None, problems[number]))
-            else:
-                predictions.append(Prediction(guesses[number][0], ranking=guesses[number]))
-        advance(len(chunk))
-    return predictions
+        return [
+            Prediction(None, problems[n]) if n in problems else Prediction(guesses[n][0], ranking=guesses[n])
+            for n in range(len(batch))
+        ]
+
+    images = [record.images for record in job.records]
+    choice = json.dumps([list(names.items()), templates, job.plan.class_prompts])
+    batches = list(in_batches([0] * len(images), asking.batch_size))
+    return asking.share(batches, call, lambda batch: [(images[n], choice) for n in batch], PREDICTION)
 
 
 def judge(job: Job, predictions: list[Prediction], protocol: str) -> Judged:

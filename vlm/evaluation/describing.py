@@ -18,7 +18,8 @@ from vlm.evaluation.captioning import (
 )
 from vlm.evaluation.intervals import Parts, mean_parts
 from vlm.evaluation.result import Sample
-from vlm.evaluation.task import Advance, Job, Judged, Prediction, without_broken
+from vlm.evaluation.sharing import PREDICTION, Asking, in_batches
+from vlm.evaluation.task import Job, Judged, Prediction, without_broken
 
 # NoCaps' domains (Agrawal et al. 2019), as its records name them in `meta`, in the order papers print them.
 DOMAINS = ("in-domain", "near-domain", "out-domain")
@@ -33,19 +34,20 @@ def check(record: Record) -> None:
         raise VlmError(f"record {record.id!r} has {len(record.images)} pictures; the task caption is about one")
 
 
-def describe(model: Any, job: Job, batch_size: int, advance: Advance) -> list[Prediction]:
+def describe(model: Any, job: Job, asking: Asking) -> list[Prediction]:
     """`model.caption` of every record's picture, with the benchmark's prompt verbatim, or the model's own request."""
     if not hasattr(model, "caption"):
         raise UnsupportedTask(f"{type(model).__name__} cannot caption; Q-Former and generative models can")
-    predictions: list[Prediction] = []
-    for start in range(0, len(job.records), batch_size):
-        chunk = job.records[start : start + batch_size]
-        if lacking := next((record.id for record in chunk if not record.images), None):
-            raise VlmError(f"record {lacking!r} names no picture: annotations without `file_name` serve --predictions")
-        images = [record.images[0] for record in chunk]
-        predictions += _described(model, images, job.plan.prompt or None, job.plan.decoding)
-        advance(len(chunk))
-    return predictions
+    if lacking := next((record.id for record in job.records if not record.images), None):
+        raise VlmError(f"record {lacking!r} names no picture: annotations without `file_name` serve --predictions")
+    images = [record.images for record in job.records]
+    plan = job.plan
+
+    def call(batch: list[int]) -> list[Prediction]:
+        return _described(model, [images[n][0] for n in batch], plan.prompt or None, plan.decoding)
+
+    batches = list(in_batches([0] * len(images), asking.batch_size))
+    return asking.share(batches, call, lambda batch: [(images[n], plan.prompt) for n in batch], PREDICTION)
 
 
 def _described(model: Any, images: list[str], prompt: str | None, decoding: dict[str, Any]) -> list[Prediction]:

@@ -15,7 +15,8 @@ from vlm.evaluation.reranking import Pairs, match_pairs
 from vlm.evaluation.result import Sample
 from vlm.evaluation.retrieval import BLOCK, similarities
 from vlm.evaluation.retrieving import Embeddings, embed
-from vlm.evaluation.task import Advance, Job, Judged
+from vlm.evaluation.sharing import Asking
+from vlm.evaluation.task import Job, Judged
 
 METRICS = ("accuracy", "accuracy_right", "accuracy_wrong")
 _SAYS = ("no match", "match")
@@ -35,12 +36,12 @@ class Judgements:
     margins: np.ndarray
 
 
-def ask(model: Any, job: Job, batch_size: int, advance: Advance) -> Judgements:
+def ask(model: Any, job: Job, asking: Asking) -> Judgements:
     """Match every picture with its captions and with as many of the nearest wrong ones."""
     if not hasattr(model, "match_each"):
         raise UnsupportedTask(f"{type(model).__name__} cannot match pictures with texts; Q-Former models can")
     plan = job.plan.model_copy(update={"rerank": 0})
-    seen = embed(model, replace(job, plan=plan), batch_size, advance)
+    seen = embed(model, replace(job, plan=plan), asking)
     numbers, texts = _chosen(seen)
     pictures = np.array([picture for picture, _, _ in numbers])
     chosen = np.array([text for _, text, _ in numbers])
@@ -54,7 +55,7 @@ def ask(model: Any, job: Job, batch_size: int, advance: Advance) -> Judgements:
         pairs = Pairs()
         pairs.note(image, text)
         prompts = [job.plan.prompt.replace("{caption}", caption) for caption in texts]
-        match_pairs(model, pairs, seen.paths, prompts, lambda logits: logits[:, 1] - logits[:, 0])
+        match_pairs(model, pairs, seen.paths, prompts, asking, lambda logits: logits[:, 1] - logits[:, 0])
         margins[readable] = pairs.logits(image, text).numpy()
     return Judgements(seen, pictures, captions, np.array([right for _, _, right in numbers]), margins)
 

@@ -4,6 +4,7 @@ Li et al. 2023 (BLIP-2), section 4.4: the first k by the contrastive similarity,
 both directions has its list; a pair that stands in two of them is scored once, and each picture is looked at once.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from vlm.errors import VlmError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vlm.evaluation.sharing import Asking
 
 OUTSIDE = -100.0  # score of what is not among the nearest
 _PICTURES = 32  # pictures that a model looks at before the next ones
@@ -95,18 +98,31 @@ def match_pairs(
     pairs: Pairs,
     images: Sequence[str],
     texts: Sequence[str],
+    asking: "Asking",
     value: Callable[["Tensor"], "Tensor"] = lambda logits: logits[:, 1],
 ) -> None:
-    """Ask `model.match_each` about all noted pairs of pictures and texts, by number.
+    """Ask `model.match_each` about all noted pairs of pictures and texts, by number, shared among processes.
 
     value: what is kept of the logits (no match, match) [P,2] of a picture with its texts: [P].
     """
+    import torch
+
+    from vlm.evaluation.sharing import EMBEDDING, in_batches
+
     groups = pairs.by_image()
-    for start in range(0, len(groups), _PICTURES):
-        part = groups[start : start + _PICTURES]
+
+    def match(batch: list[int]) -> list[np.ndarray | str]:
+        part = [groups[n] for n in batch]
         logits = model.match_each([images[image] for image, _ in part], texts, [wanted for _, wanted in part])
-        for (image, wanted), row in zip(part, logits, strict=True):
-            pairs.tell(image, wanted, value(row))
+        return [value(row).detach().float().cpu().numpy() for row in logits]
+
+    def requests(batch: list[int]) -> list[tuple[tuple[str, ...], str]]:
+        wanted = [(images[image], [texts[n] for n in numbers]) for image, numbers in (groups[n] for n in batch)]
+        return [((image,), f"match_each {json.dumps(asked)}") for image, asked in wanted]
+
+    batches = list(in_batches([0] * len(groups), _PICTURES))
+    for (image, wanted), row in zip(groups, asking.share(batches, match, requests, EMBEDDING, lambda n: 0)):
+        pairs.tell(image, wanted, torch.as_tensor(row))
 
 
 def _keys(images: "Tensor", texts: "Tensor") -> np.ndarray:

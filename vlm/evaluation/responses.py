@@ -1,21 +1,24 @@
 """What a model said, kept on disk as it says it: a killed evaluation goes on, and nothing is asked twice.
 
 One file for each model, weights, way of asking and decoding: `VLM_CACHE/responses/HASH.RANK.jsonl`, a line for each
-answer, appended and flushed as a batch is done. A line that a kill cut off is ignored.
+batch of answers, appended and flushed as it is done. A line that a kill cut off is ignored, so that a batch is kept
+whole or not at all.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, TextIO
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from vlm.data.records import Record
-from vlm.data.references import picture_bytes
-from vlm.errors import VlmError
-from vlm.evaluation.benchmark import Benchmark
-from vlm.evaluation.task import Prediction
 from vlm.paths import cache_dir
+
+if TYPE_CHECKING:
+    from vlm.evaluation.benchmark import Benchmark
+
+Row = dict[str, Any]
+Value = TypeVar("Value")
 
 
 class Responses:
@@ -26,38 +29,35 @@ class Responses:
         key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         folder = cache_dir() / "responses"
         self.file = folder / f"{key}.{rank}.jsonl"
-        self._said: dict[str, str] = {}
+        self._said: dict[str, Row] = {}
         for file in sorted(folder.glob(f"{key}.*.jsonl")):
-            for line in file.read_text(encoding="utf-8").split("\n"):
-                self._take(line)
+            with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+                for line in lines:
+                    self._take(line)
         self._open: TextIO | None = None
 
     def _take(self, line: str) -> None:
         try:
-            row = json.loads(line)
-            self._said[str(row["sample"])] = str(row["text"])
+            batch = json.loads(line)["said"]
+            if all(isinstance(key, str) and isinstance(row, dict) for key, row in batch):
+                self._said.update(batch)
         except (ValueError, KeyError, TypeError):
             return  # cut off by a kill
 
-    def get(self, sample: str | None) -> Prediction | None:
+    def get(self, key: str | None) -> Row | None:
         """What was said about a sample, or None."""
-        return None if sample is None or sample not in self._said else Prediction(self._said[sample])
+        return None if key is None else self._said.get(key)
 
-    def add(self, samples: Sequence[str | None], predictions: Sequence[Prediction]) -> None:
-        """Keep answers, on disk when this returns. What could not be asked is not kept."""
-        rows = [
-            json.dumps({"sample": sample, "text": prediction.text})
-            for sample, prediction in zip(samples, predictions, strict=True)
-            if sample is not None and prediction.text is not None
-        ]
-        if not rows:
+    def add(self, said: Sequence[tuple[str, Row]]) -> None:
+        """Keep the answers of a batch; they are in the file when this returns."""
+        if not said:
             return
         if self._open is None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # A line break first: the last line may have been cut off.
             self._open = self.file.open("a", encoding="utf-8")
             self._open.write("\n")
-        self._open.write("\n".join(rows) + "\n")
+        self._open.write(json.dumps({"said": said}) + "\n")
         self._open.flush()
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Responses:
             self._open.close()
 
 
-def identity_of(model: Any, plan: Benchmark) -> dict[str, Any] | None:
+def identity_of(model: Any, plan: "Benchmark") -> dict[str, Any] | None:
     """What answers depend on besides the sample; None for a model without weights to know it by."""
     weights = _weights_hash(model)
     if weights is None:
@@ -81,17 +81,6 @@ def identity_of(model: Any, plan: Benchmark) -> dict[str, Any] | None:
         "decoding": plan.decoding,
         "versions": versions(),
     }
-
-
-def sample_key(record: Record, prompt: str) -> str | None:
-    """A picture's content and what is asked about it; None where the picture cannot be read."""
-    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass"))
-    try:
-        for image in record.images:
-            digest.update(hashlib.sha256(picture_bytes(image)).digest())
-    except (OSError, VlmError):
-        return None
-    return digest.hexdigest()
 
 
 def _weights_hash(model: Any) -> str | None:
@@ -113,14 +102,15 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def gathered(own: dict[int, Prediction]) -> dict[int, Prediction]:
+def gathered(own: dict[int, Value]) -> dict[int, Value]:
     """The answers of all processes, in each of them."""
     if processes()[1] == 1:
         return own
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        # The first to be done waits for the slowest, however long that takes.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
-    return {number: prediction for part in parts for number, prediction in part.items()}
+    return {number: value for part in parts for number, value in part.items()}

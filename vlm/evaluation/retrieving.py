@@ -18,7 +18,8 @@ from vlm.evaluation.intervals import Parts
 from vlm.evaluation.reranking import Pairs, match_pairs, rescored
 from vlm.evaluation.result import Sample
 from vlm.evaluation.retrieval import BLOCK, TIE_RULES, Rescore, RetrievalScores, retrieval_recall
-from vlm.evaluation.task import Advance, Job, Judged, without_broken
+from vlm.evaluation.sharing import EMBEDDING, Asking, in_batches
+from vlm.evaluation.task import Job, Judged, without_broken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +74,9 @@ def problems(outputs: Embeddings) -> list[str | None]:
     return outputs.problems
 
 
-def embed(model: Any, job: Job, batch_size: int, advance: Advance) -> Embeddings:
-    """Encode every picture of the records once, and every distinct caption once; match the nearest."""
+def embed(model: Any, job: Job, asking: Asking) -> Embeddings:
+    """Encode every picture of the records once, and every distinct caption once, captions of like length together;
+    match the nearest."""
     import torch
 
     if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
@@ -92,47 +94,55 @@ def embed(model: Any, job: Job, batch_size: int, advance: Advance) -> Embeddings
     paths = list(numbers)
     shown = np.bincount([numbers[record.images[0]] for record in job.records])  # records of each picture
 
-    wrong: list[str | None] = [None] * len(paths)
-    rows: dict[int, Tensor] = {}
-    for start in range(0, len(paths), batch_size):
-        chunk = paths[start : start + batch_size]
-        embeds, whole, broken = without_broken(lambda some: _rows(model, "encode_image", some), chunk)
-        if embeds is not None:
-            rows.update({start + number: row for number, row in zip(whole, embeds, strict=True)})
-        for number, problem in broken.items():
-            wrong[start + number] = problem
-        advance(int(shown[start : start + batch_size].sum()))
+    def see(batch: list[int]) -> list[np.ndarray | str]:
+        rows, whole, broken = without_broken(lambda some: _rows(model, "encode_image", some), [paths[n] for n in batch])
+        embeds = dict(zip(whole, rows if rows is not None else []))
+        return [broken[n] if n in broken else embeds[n] for n in range(len(batch))]
+
     prompts = {text: job.plan.prompt.replace("{caption}", text) for text in dict.fromkeys(captions)}
     distinct = list(dict.fromkeys(prompts.values()))
-    texts = torch.cat(
-        [_rows(model, "encode_text", distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+    seen = asking.share(
+        list(in_batches([0] * len(paths), asking.batch_size)),
+        see,
+        lambda batch: [((paths[n],), "encode_image") for n in batch],
+        EMBEDDING,
+        lambda n: int(shown[n]),
     )
+    read = asking.share(
+        list(in_batches(list(map(len, distinct)), asking.batch_size)),
+        lambda batch: list(_rows(model, "encode_text", [distinct[n] for n in batch])),
+        lambda batch: [((), f"encode_text {distinct[n]}") for n in batch],
+        EMBEDDING,
+        lambda n: 0,
+    )
+    texts = np.stack([row for row in read if not isinstance(row, str)])
     place = {text: number for number, text in enumerate(distinct)}
-    nothing = torch.zeros_like(next(iter(rows.values()), texts[0]))
-    images = torch.stack([rows.get(n, nothing) for n in range(len(paths))])
+    whole = next((row for row in seen if not isinstance(row, str)), None)
+    nothing = np.zeros_like(texts[0] if whole is None else whole)
+    images = np.stack([nothing if isinstance(row, str) else row for row in seen])
     numbers_of_texts = np.array([place[prompts[caption]] for caption in captions])
     found = Embeddings(
         paths=paths,
         names=names,
         captions=captions,
         text_to_image=np.array(owner),
-        images=images,
-        texts=texts[numbers_of_texts],
-        problems=wrong,
+        images=torch.from_numpy(images),
+        texts=torch.from_numpy(texts[numbers_of_texts]),
+        problems=[row if isinstance(row, str) else None for row in seen],
         distinct=numbers_of_texts,
     )
-    if not job.plan.rerank or not hasattr(model, "match_each") or not rows:
+    if not job.plan.rerank or not hasattr(model, "match_each") or whole is None:
         return found
-    return replace(found, pairs=_matched(model, job, found, distinct))
+    return replace(found, pairs=_matched(model, job, found, distinct, asking))
 
 
-def _matched(model: Any, job: Job, found: Embeddings, texts: list[str]) -> Pairs:
+def _matched(model: Any, job: Job, found: Embeddings, texts: list[str], asking: Asking) -> Pairs:
     """The matching logits of all pairs that a protocol of the benchmark will ask for."""
     pairs = Pairs()
     for folds in {protocol.partition("-")[2] for protocol in (job.plan.protocol, *job.plan.also)}:
         protocol = f"{TIE_RULES[0]}-{folds}" if folds else TIE_RULES[0]
         found.recall(protocol, _again(found, job.plan.rerank, pairs.note), top=1)
-    match_pairs(model, pairs, found.paths, texts)
+    match_pairs(model, pairs, found.paths, texts, asking)
     return pairs
 
 
@@ -153,7 +163,7 @@ def _again(found: Embeddings, k: int, logits: Callable[["Tensor", "Tensor"], "Te
     return rescore
 
 
-def _rows(model: Any, method: str, inputs: list[str]) -> "Tensor":
+def _rows(model: Any, method: str, inputs: list[str]) -> np.ndarray:
     """Embeddings [B,E], or [B,Q,E] of pictures, on the CPU, at least float32."""
     import torch
 
@@ -164,7 +174,8 @@ def _rows(model: Any, method: str, inputs: list[str]) -> "Tensor":
             f"{type(model).__name__}.{method} gave embeddings of shape {shape}; retrieval needs [B,E], or of "
             "pictures [B,Q,E]"
         )
-    return embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+    array: np.ndarray = embeds.to(torch.promote_types(embeds.dtype, torch.float32)).numpy()
+    return array
 
 
 def judge(job: Job, outputs: Embeddings, protocol: str) -> Judged:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from vlm.evaluation.baselines import blind_baselines
 from vlm.evaluation.benchmark import Benchmark, differences, load_benchmark
 from vlm.evaluation.intervals import Parts, bootstrap_interval
 from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
-from vlm.evaluation.responses import Responses, gathered, identity_of, processes, sample_key
+from vlm.evaluation.responses import Responses, identity_of, processes
 from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
-from vlm.evaluation.task import Job, Prediction
-from vlm.evaluation.tasks import TASKS, answer_scores, whole_pictures
+from vlm.evaluation.sharing import Asking
+from vlm.evaluation.task import Job
+from vlm.evaluation.tasks import TASKS, answer_scores
 
 
 def evaluate(
@@ -111,32 +111,13 @@ def evaluate(
 
 def asked(model: Any, job: Job, batch_size: int, advance: Callable[[int], None], cache: bool) -> Any:
     """The outputs for all records: what is known already, what this process asks, and what others do."""
-    task, plan = TASKS[job.plan.task], job.plan
-    if task.request is None:
-        return task.ask(model, job, batch_size, advance)
-    rank, world = processes()
-    identity = identity_of(model, plan) if cache else None
-    kept = Responses(identity, rank) if identity is not None else None
-    found: dict[int, Prediction] = {}
-    keys: list[str | None] = []
-    for number, record in enumerate(job.records):
-        keys.append(sample_key(record, task.request(plan.prompt, record)) if kept else None)
-        if kept and (known := kept.get(keys[-1])):
-            found[number] = known
-    # Every process parts all the records alike, whatever it knows of their answers: none is asked twice or left out.
-    for chunk in list(whole_pictures(job.records, batch_size))[rank::world]:
-        unknown = [number for number in chunk if number not in found]
-        if unknown:
-            part = replace(job, records=[job.records[number] for number in unknown])
-            said = task.ask(model, part, batch_size, lambda _: None)
-            if kept:
-                kept.add([keys[number] for number in unknown], said)
-            found |= dict(zip(unknown, said, strict=True))
-        advance(len(chunk))
-    if kept:
-        kept.close()
-    everything = gathered(found)
-    return [everything[number] for number in range(len(job.records))]
+    identity = identity_of(model, job.plan) if cache else None
+    kept = Responses(identity, processes()[0]) if identity is not None else None
+    try:
+        return TASKS[job.plan.task].ask(model, job, Asking(batch_size, advance, kept))
+    finally:
+        if kept:
+            kept.close()
 
 
 def default_output(model: str | None, benchmark: str) -> Path:

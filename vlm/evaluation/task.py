@@ -10,8 +10,7 @@ from vlm.evaluation.result import Sample
 
 if TYPE_CHECKING:
     from vlm.evaluation.benchmark import Benchmark
-
-Advance = Callable[[int], None]
+    from vlm.evaluation.sharing import Asking
 
 
 @dataclass(frozen=True)
@@ -72,21 +71,19 @@ class Metric:
 class Task:
     """One way to ask and judge a model.
 
-    ask: (model, job, batch_size, advance) -> outputs. `advance` takes the number of records done since the last call;
-    pictures that cannot be read are errors in the outputs, not exceptions.
+    ask: (model, job, asking) -> outputs, the same in every process. What is asked goes through `asking.share`, so that
+    it is shared and kept; pictures that cannot be read are errors in the outputs, not exceptions.
     judge: (job, outputs, protocol) -> scores of all metrics. Unreadable records dilute them.
     check: raises VlmError on a record that cannot serve the task.
     problems: outputs -> of each thing asked, why it could not be, or None.
     outputs_of: predictions of a file, one per record -> outputs; None where a file cannot hold them.
     prompt: the default; prompt_fields: what a prompt must have a place for; own_prompt: without one the model's own
     is taken.
-    request: (prompt, record) -> what is asked of it, where records are asked one by one and `ask` gives a `Prediction`
-    for each; such answers are kept, resumed and shared by processes.
     keys: the benchmark's keys that only this task reads.
     noun: what is counted.
     """
 
-    ask: Callable[[Any, Job, int, Advance], Any]
+    ask: "Callable[[Any, Job, Asking], Any]"
     judge: Callable[[Job, Any, str], Judged]
     check: Callable[[Record], None]
     metrics: dict[str, Metric]
@@ -95,7 +92,6 @@ class Task:
     prompt: str = ""
     prompt_fields: tuple[str, ...] = ()
     own_prompt: bool = False
-    request: Callable[[str, Record], str] | None = None
     keys: tuple[str, ...] = ()
     noun: str = "samples"
 

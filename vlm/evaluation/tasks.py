@@ -1,7 +1,7 @@
 """The table of tasks, and the task `vqa`. A new task or metric is one entry in `TASKS`."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vlm.data.records import Record
@@ -10,25 +10,26 @@ from vlm.evaluation import classifying, describing, matching, retrieving
 from vlm.evaluation.answers import AnswerScores, Scorer, score_aokvqa, score_gqa
 from vlm.evaluation.choices import listed, score_choices, score_circular, score_scienceqa
 from vlm.evaluation.result import Sample
-from vlm.evaluation.task import Advance, Job, Judged, Metric, Prediction, Task, without_broken
+from vlm.evaluation.sharing import PREDICTION, Asking, in_batches
+from vlm.evaluation.task import Job, Judged, Metric, Prediction, Task, without_broken
 from vlm.evaluation.vqa import PROTOCOLS, VqaScores, vqa_accuracy
 from vlm.evaluation.yes_no import MME_METRICS, POPE_METRICS, score_mme, score_pope
 
-__all__ = ["TASKS", "Metric", "Prediction", "Task", "answer_questions", "whole_pictures"]
+__all__ = ["TASKS", "Metric", "Prediction", "Task", "answer_questions"]
 
 
-def answer_questions(model: Any, job: Job, batch_size: int, advance: Advance) -> list[Prediction]:
+def answer_questions(model: Any, job: Job, asking: Asking) -> list[Prediction]:
     """Ask `model.answer` every record's question, all questions of a picture in one call (it shares their work)."""
     if not hasattr(model, "answer"):
         raise UnsupportedTask(f"{type(model).__name__} cannot answer questions; generative models can")
-    predictions: list[Prediction] = [Prediction(None)] * len(job.records)
-    for chunk in whole_pictures(job.records, batch_size):
-        questions = [filled_prompt(job.plan.prompt, job.records[index]) for index in chunk]
-        images = [job.records[index].images[0] for index in chunk]
-        for index, prediction in zip(chunk, _answer(model, images, questions, job.plan.decoding), strict=True):
-            predictions[index] = prediction
-        advance(len(chunk))
-    return predictions
+    questions = [filled_prompt(job.plan.prompt, record) for record in job.records]
+    images = [record.images for record in job.records]
+
+    def call(batch: list[int]) -> list[Prediction]:
+        return _answer(model, [images[n][0] for n in batch], [questions[n] for n in batch], job.plan.decoding)
+
+    batches = list(in_batches(list(map(len, questions)), asking.batch_size, images))
+    return asking.share(batches, call, lambda batch: [(images[n], questions[n]) for n in batch], PREDICTION)
 
 
 def filled_prompt(prompt: str, record: Record) -> str:
@@ -36,21 +37,6 @@ def filled_prompt(prompt: str, record: Record) -> str:
     hint = str(record.meta.get("hint") or "").strip()
     values = {"question": record.question or "", "choices": listed(record), "hint": f"{hint}\n" if hint else ""}
     return re.sub(r"\{(question|choices|hint)\}", lambda match: values[match[1]], prompt)
-
-
-def whole_pictures(records: Sequence[Record], size: int) -> Iterator[list[int]]:
-    """Indices of records in chunks of up to `size` that never split a picture; a chunk holds at least one picture."""
-    pictures: dict[tuple[str, ...], list[int]] = {}
-    for index, record in enumerate(records):
-        pictures.setdefault(record.images, []).append(index)
-    chunk: list[int] = []
-    for members in pictures.values():
-        if chunk and len(chunk) + len(members) > size:
-            yield chunk
-            chunk = []
-        chunk = chunk + members
-    if chunk:
-        yield chunk
 
 
 def _answer(model: Any, images: list[str], questions: list[str], decoding: dict[str, Any]) -> list[Prediction]:
@@ -157,7 +143,6 @@ TASKS: dict[str, Task] = {
         outputs_of=list,
         prompt="{question}",
         prompt_fields=("question",),
-        request=filled_prompt,
         keys=("decoding", "baselines"),
         noun="questions",
     ),
@@ -169,7 +154,6 @@ TASKS: dict[str, Task] = {
         problems=_errors,
         outputs_of=list,
         own_prompt=True,
-        request=lambda prompt, record: prompt,
         keys=("decoding",),
         noun="pictures",
     ),
