@@ -33,6 +33,23 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
+@pytest.fixture
+def ragged(tmp_path: Path) -> Path:
+    """Three shards of 5, 5 and 3 pictures with one to three captions."""
+    records = [
+        Record(id=str(n), images=(path,), captions=tuple(f"shape {n} take {k}" for k in range(1 + n % 3)))
+        for n, path in enumerate(pictures(tmp_path, 13))
+    ]
+    write_shards(records, tmp_path / "ragged", size=5, name="train")
+    return tmp_path / "ragged"
+
+
+def dual_recipe_of(tiny_folder, shards, output, **options):
+    """A tiny dual encoder, trained on shards."""
+    data = {"train": [{"dataset": str(shards), "format": "webdataset"}], "shuffle_buffer": 5, **options.pop("data", {})}
+    return dual_recipe(tiny_folder, shards, output, data=data, **options)
+
+
 def recipe_of(tiny_folder, shards, output, data=None, **options):
     """The tiny recipe, trained on shards."""
     recipe = tiny_recipe(tiny_folder, shards / "none", output, **options)
@@ -93,21 +110,58 @@ def test_an_interrupted_run_goes_on_exactly(tiny_folder, shards, tmp_path):
         torch.testing.assert_close(weights(tmp_path / "cut")[name], tensor)
 
 
-def test_the_number_of_processes_does_not_change_the_result(tiny_folder, shards, tmp_path):
-    recipes = []
-    for name in ("one", "two"):
-        data = {"cache_features": False, "shuffle_buffer": 5, "workers": 2}
-        recipe = dual_recipe(tiny_folder, shards, tmp_path / name, data=data)
-        source = recipe.data.train[0].model_copy(update={"format": "webdataset"})
-        recipes.append(recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": [source]})}))
-    train(recipes[0], quiet=True)
+def test_the_number_of_processes_does_not_change_the_result(tiny_folder, ragged, tmp_path):
+    data = {"cache_features": False, "workers": 2}
+    one, two = (dual_recipe_of(tiny_folder, ragged, tmp_path / name, data=dict(data)) for name in ("one", "two"))
+    train(one, quiet=True)
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipes[1].model_dump(mode="json")))
+    file.write_text(yaml.safe_dump(two.model_dump(mode="json")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "vlm.cli.train", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_one_of_several_captions_is_drawn_each_time(tiny_folder, ragged, tmp_path):
+    source = Trainer(dual_recipe_of(tiny_folder, ragged, tmp_path / "run"), quiet=True).source
+    assert source.num_samples == 13
+    batches = [source.batch(step, 13) for step in range(20)]
+    drawn = [[placed.sample.read() for placed in batch] for batch in batches]
+    for epoch in drawn:  # one sample a record
+        assert sorted(sample.id for sample in epoch) == sorted(str(n) for n in range(13))
+    texts = {text for epoch in drawn for sample in epoch for text in sample.texts}
+    assert texts == {f"shape {n} take {k}" for n in range(13) for k in range(1 + n % 3)}
+    again = [[placed.sample.read() for placed in source.batch(step, 13)] for step in (7, 3)]
+    assert again == [drawn[7], drawn[3]]
+    other = Trainer(dual_recipe_of(tiny_folder, ragged, tmp_path / "other", train={"seed": 1}), quiet=True).source
+    captions = [{p.sample.read().id: p.sample.read().texts for p in s.batch(0, 13)} for s in (source, other)]
+    assert captions[0] != captions[1]
+
+
+def test_several_captions_train_the_same_split_cached_or_resumed(tiny_folder, ragged, tmp_path):
+    train(dual_recipe_of(tiny_folder, ragged, tmp_path / "whole"), quiet=True)
+    train(dual_recipe_of(tiny_folder, ragged, tmp_path / "split", train={"micro_batch_size": 4}), quiet=True)
+    train(dual_recipe_of(tiny_folder, ragged, tmp_path / "computed", data={"cache_features": False}), quiet=True)
+    cut = dual_recipe_of(tiny_folder, ragged, tmp_path / "cut")
+    trainer = Trainer(cut, quiet=True)
+    for step in range(3):
+        trainer.train_step(trainer.source.batch(step, 6))
+        trainer.step += 1
+    trainer.save()
+    train(cut, resume=True, quiet=True)
+    for other in ("split", "computed", "cut"):
+        for name, tensor in weights(tmp_path / "whole").items():
+            torch.testing.assert_close(weights(tmp_path / other)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_record_without_a_caption_is_skipped_by_name(tiny_folder, tmp_path):
+    records = [Record(str(n), (path,), ("a",) if n else (), label="x") for n, path in enumerate(pictures(tmp_path, 4))]
+    write_shards(records, tmp_path / "some", size=4, name="train")
+    recipe = dual_recipe_of(tiny_folder, tmp_path / "some", tmp_path / "run", data={"max_broken": 0.5})
+    trainer = Trainer(recipe, quiet=True)
+    assert trainer.train().finished
+    assert list(trainer.source.broken.values()) == ["000000000: nothing to train on"]
 
 
 def test_shards_mix_with_a_source_in_memory(tiny_folder, shards, tmp_path):

@@ -20,10 +20,14 @@ SIZES = "sizes.json"  # beside the shards: name -> number of samples, as `vlm da
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A sample that still lies in its shard. `read` gives it; raises VlmError if it says nothing that can be read."""
+    """A sample that still lies in its shard. `read` gives it; raises VlmError if it says nothing that can be read.
+
+    draw: a random number that chooses, where a record makes several samples.
+    """
 
     samples: "ShardedSamples"
     index: int
+    draw: int = 0
 
     @property
     def id(self) -> str:
@@ -33,14 +37,16 @@ class Unread:
 
     def read(self) -> Sample:
         """The sample itself."""
-        return self.samples[self.index]
+        choices = self.samples.choices(self.index)
+        return choices[self.draw % len(choices)]
 
 
 @dataclass
 class ShardedSamples(Sequence[Sample]):
-    """The samples of shards, one a record, read when they are asked for.
+    """The samples of shards, read when they are asked for: one a record, so that a place tells what lies there.
 
-    shards, sizes: the archives, and how many samples each holds. make: a record's samples.
+    shards, sizes: the archives, and how many records each holds. make: a record's samples; where it makes several (of a
+    picture with several captions), an index gives the first and `Unread` draws one.
     """
 
     shards: Sequence[Path]
@@ -61,6 +67,10 @@ class ShardedSamples(Sequence[Sample]):
         """The sample of a number, or those of a slice. Raises VlmError if it says nothing that can be read."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
+        return self.choices(index)[0]
+
+    def choices(self, index: int) -> list[Sample]:
+        """The samples of one record, at least one. Raises VlmError if it says nothing that can be read."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number_of_shard, number = self.place(index)
@@ -73,9 +83,9 @@ class ShardedSamples(Sequence[Sample]):
             samples = self.make(read_sample(shard, found[number]))
         except Malformed as error:
             raise VlmError(f"{found[number].key}: {error}") from error
-        if len(samples) != 1:
-            raise VlmError(f"{found[number].key}: {len(samples)} samples to train on, expected one")
-        return samples[0]
+        if not samples:
+            raise VlmError(f"{found[number].key}: nothing to train on")
+        return samples
 
     def place(self, index: int) -> tuple[int, int]:
         """The number of the shard, and of the sample in it."""

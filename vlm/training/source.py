@@ -82,7 +82,7 @@ class SampleSource:
                 )
             pairs = self._grouped.batch(step)
         places = enumerate(pairs, start=step * batch_size)
-        return [Placed(place, step, self._sample(source, index)) for place, (source, index) in places]
+        return [Placed(place, step, self._sample(source, index, place)) for place, (source, index) in places]
 
     def _shows_pictures(self, pair: tuple[int, int]) -> bool:
         return bool(self.sources[pair[0]][pair[1]].images)
@@ -92,9 +92,11 @@ class SampleSource:
         conversations = self.sources[pair[0]][pair[1]].conversations
         return sum(len(turn.text.split()) for turns in conversations for turn in turns)
 
-    def _sample(self, source: int, index: int) -> Sample | Unread:
+    def _sample(self, source: int, index: int, place: int) -> Sample | Unread:
         samples = self.sources[source]
-        return Unread(samples, index) if isinstance(samples, ShardedSamples) else samples[index]
+        if isinstance(samples, ShardedSamples):
+            return Unread(samples, index, draw=_number(self.order.seed, place))
+        return samples[index]
 
     def prepare(self, samples: Sequence[Placed], upcoming: Sequence[Placed] = ()) -> list[Prepared]:
         """Samples as tokens and tensors; broken ones are left out, counted and logged.
