@@ -36,6 +36,9 @@ class Case:
 
     speed_target: how many times faster ours is meant to be. memory_target: the largest share of their memory that ours
     may need. measure_memory: also without a target. check: given what the two steps returned, raises if they differ.
+    operations: given our step, the floating-point operations of its matrix products, for their share of the machine's
+    peak, which is meant to be at least peak_target.
+    A step that has a `pid` runs in that process, which is weighed instead of this one.
     """
 
     ours: Callable[[], Step]
@@ -48,6 +51,8 @@ class Case:
     memory_target: float | None = None
     measure_memory: bool = False
     check: Callable[[Any, Any], None] | None = None
+    operations: Callable[[Any], float] | None = None
+    peak_target: float | None = None
 
 
 def main(cases: Mapping[str, Case], packages: Sequence[str] = ()) -> None:
@@ -92,9 +97,16 @@ def _run(case: Case, repeats: int | None) -> dict[str, Any]:
     if case.check is not None:
         case.check(*results)
     del results
+    peaks = [_matmul_peak()] if case.operations else []
     times = take_turns(ours, theirs, repeats or case.repeats)
     seconds = {"ours": median(times[0]), "theirs": median(times[1])}
+    extra: dict[str, Any] = {}
+    if case.operations:
+        peak = max(*peaks, _matmul_peak())
+        share = case.operations(ours) / seconds["ours"] / peak
+        extra = {"peak_share": share, "peak_target": case.peak_target, "peak": peak}
     return {
+        **extra,
         "seconds": seconds,
         "all_seconds": {"ours": times[0], "theirs": times[1]},
         "amount": case.amount,
@@ -116,20 +128,30 @@ def take_turns(ours: Step, theirs: Step, repeats: int) -> tuple[list[float], lis
     return times
 
 
+def _matmul_peak() -> float:
+    import torch
+
+    from vlm.training.meter import matmul_peak
+
+    matmul_peak.cache_clear()
+    return matmul_peak(torch.device("cpu"), torch.float32)
+
+
 def peak_memory(step: Step) -> int:
-    """Bytes by which a second run of `step` raises this process's resident memory at its highest (Linux)."""
+    """Bytes by which a second run of `step` raises its process's resident memory at its highest (Linux)."""
+    process = Path("/proc", str(getattr(step, "pid", "self")))
     step()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    before = _status(process, "VmRSS")
+    (process / "clear_refs").write_text("5")  # sets the high-water mark to what is resident now
     step()
-    return max(_status("VmHWM") - before, 0)
+    return max(_status(process, "VmHWM") - before, 0)
 
 
-def _status(key: str) -> int:
-    for entry in Path("/proc/self/status").read_text().splitlines():
+def _status(process: Path, key: str) -> int:
+    for entry in (process / "status").read_text().splitlines():
         if entry.startswith(f"{key}:"):
             return int(entry.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+    raise RuntimeError(f"{process}/status has no {key}")
 
 
 def _peak_apart(script: Path, case: str, side: str) -> int:
@@ -184,6 +206,9 @@ def line(result: Mapping[str, Any]) -> str:
         allowed = result["memory_target"]
         met = allowed is None or memory["share"] <= allowed
         text += f"; {sizes[0]} against {sizes[1]} MiB: {memory['share']:.3f} of the memory{_verdict(allowed, met, '')}"
+    if share := result.get("peak_share"):
+        met = result["peak_target"] is None or share >= result["peak_target"]
+        text += f"; {share:.0%} of the matrix-multiplication peak{_verdict(result['peak_target'], met, '')}"
     return text
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 LEFT_OUT = {"numpy", "pillow", "setuptools"}
 
 
-def needed(names: "list[str]") -> "set[str]":
+def needed(names: list[str]) -> set[str]:
     """The names, and whatever of this environment they require in turn; extras are not followed."""
     found: set[str] = set()
     waiting = list(names)

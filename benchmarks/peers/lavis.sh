@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # An environment in which salesforce-lavis 1.0.2 runs:  lavis.sh FOLDER BASE
 #
-# BASE is an environment with torch and torchvision (CPython 3.8 to 3.11, for tokenizers 0.13 has no later wheels); FOLDER
+# BASE is an environment with torch and torchvision (CPython 3.11 or older, for tokenizers 0.13 has no later wheels); FOLDER
 # borrows both, with what they need, by links, and installs the rest in the versions that LAVIS wants. Nothing else of BASE
 # is seen. Does nothing where FOLDER is ready already.
 set -euo pipefail
@@ -11,8 +11,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 ready="$folder/.ready"
 [ -e "$ready" ] && [ ! "$here/lavis.sh" -nt "$ready" ] && [ ! "$here/borrow.py" -nt "$ready" ] && exit 0
 
-"$base/bin/python" -c 'import sys; sys.exit(not (3, 8) <= sys.version_info < (3, 12))' ||
-  { echo "lavis.sh: $base has $("$base/bin/python" -V); LAVIS needs CPython 3.8 to 3.11" >&2; exit 1; }
+"$base/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))' ||
+  { echo "lavis.sh: $base has $("$base/bin/python" -V); LAVIS needs CPython 3.11 or older" >&2; exit 1; }
 rm -rf "$folder"
 "$base/bin/python" -m venv "$folder"
 pip() { "$folder/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
