@@ -4,8 +4,10 @@ Li et al. 2023 (BLIP-2), section 3.1. The image's cross-attention keys and value
 every pass: queries alone, queries with any number of texts, and texts behind the queries.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -138,22 +140,26 @@ class QFormer(nn.Module):
         P texts, a multiple m of the images; texts m*i to m*i+m-1 go with image i. InstructBLIP's instruction-aware
         queries (Dai et al. 2023, section 2.3) are this with the instruction as text.
         """
-        return self._joint(image, texts, self._joint_mask(texts), text_output=False)[0]
+        return self._joint(self._alike(image, texts), texts, self._joint_mask(texts), text_output=False)[0]
 
     def pairs(self, image: ImageKeysValues, slots: Sequence[int], texts: TextBatch) -> Tensor:
         """As `joint` for any pairs: text i goes with the image of number `slots[i]`. The queries' states [P,Q,D].
 
-        Where every image has the same number of texts, its keys and values are shared, else repeated.
+        Keys and values of an image are never repeated, however many texts it has.
         """
-        order = sorted(range(len(slots)), key=lambda i: slots[i])
-        numbers = [slots[i] for i in order]
-        unique = sorted(set(slots))
-        each = len(slots) // len(unique)
-        if each == 1 or numbers != [slot for slot in unique for _ in range(each)]:
-            chosen = image if list(slots) == list(range(len(image))) else image.select(slots)
-            return self.joint(chosen, texts)
-        chosen = image if unique == list(range(len(image))) else image.select(unique)
-        states = self.joint(chosen, texts.select(order))
+        counts = Counter(slots)
+        # Images with as many texts stand together; each of these groups looks at its images in one go.
+        images = sorted(counts, key=lambda slot: (counts[slot], slot))
+        place = {slot: number for number, slot in enumerate(images)}
+        order = sorted(range(len(slots)), key=lambda i: place[slots[i]])
+        groups = []
+        for each, group in groupby(images, key=lambda slot: counts[slot]):
+            own = list(group)
+            groups.append((image if own == list(range(len(image))) else image.select(own), each))
+        asked = texts if order == list(range(len(slots))) else texts.select(order)
+        states = self._joint(groups, asked, self._joint_mask(asked), text_output=False)[0]
+        if asked is texts:
+            return states
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         return states[back.to(states.device)]
@@ -165,7 +171,8 @@ class QFormer(nn.Module):
 
         mask: who sees whom, [P or 1, 1, Q+T, Q+T] over queries and then text; by default all but padding.
         """
-        queries, text = self._joint(image, texts, self._joint_mask(texts) if mask is None else mask, text_output=True)
+        mask = self._joint_mask(texts) if mask is None else mask
+        queries, text = self._joint(self._alike(image, texts), texts, mask, text_output=True)
         return queries, texts.unpack(text.states)
 
     def causal(self, queries: QueryStates, texts: TextBatch) -> Tensor:
@@ -198,14 +205,20 @@ class QFormer(nn.Module):
             kept.append(keys_values)
         return text.states, kept
 
-    def _joint(
-        self, image: ImageKeysValues, texts: TextBatch, mask: Tensor | None, text_output: bool
-    ) -> tuple[Tensor, Text]:
+    def _alike(self, image: ImageKeysValues, texts: TextBatch) -> list[tuple[ImageKeysValues, int]]:
+        """Images with the same number of texts each."""
         if not len(texts) or len(texts) % len(image):
             raise VlmError(f"Q-Former: {len(texts)} texts for {len(image)} images; expected a multiple of them")
+        return [(image, len(texts) // len(image))]
+
+    def _joint(
+        self, groups: Sequence[tuple[ImageKeysValues, int]], texts: TextBatch, mask: Tensor | None, text_output: bool
+    ) -> tuple[Tensor, Text]:
+        """groups: images, and how many texts each of them has."""
         states, text = self._start(len(texts)), Text(self._embed(texts), texts)
-        for number, (layer, seen) in enumerate(zip(self.layers, image.layers)):
+        for number, layer in enumerate(self.layers):
             last = number == len(self.layers) - 1
+            seen = [(*kv, each) for image, each in groups if (kv := image.layers[number]) is not None]
             states, text = layer.joint(states, text, seen, mask, text_output or not last)
         return states, text
 

@@ -1,5 +1,6 @@
 """The Q-Former's layer: BERT's, with cross-attention to the image and a feed-forward net each for queries and texts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,6 +13,9 @@ from vlm.data.text_batch import TextBatch
 NORM_EPS = 1e-12  # BERT's
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]  # each [B, heads, S, D / heads]
+Looks: TypeAlias = Sequence[
+    tuple[Tensor, Tensor, int]
+]  # keys and values of images, and how many texts each of them has
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,28 @@ class Attention(nn.Module):
         mask: True where a query sees a key, broadcast to [B,h,S,K].
         """
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+        if dropout and queries.device.type == "cpu":
+            attended = _attention_with_dropout(queries, keys, values, mask, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
         return attended.transpose(1, 2).flatten(2)
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         """Output projection, dropout, residual and norm."""
         return self.norm(residual + F.dropout(self.output(attended), self.dropout, self.training))
+
+
+def _attention_with_dropout(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """What torch's attention does on a CPU, which has no fused kernel with dropout, in fewer passes over the scores.
+
+    Every query must see a key.
+    """
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, h, S, K]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ values
 
 
 class FeedForward(nn.Module):
@@ -121,35 +141,41 @@ class QFormerLayer(nn.Module):
         attention = self.self_attention
         keys, values = attention.keys_values(queries)
         attended = attention.attend(attention.split(attention.query(queries)), keys, values)
-        states = self._look(attention.finish(attended, queries), image)
+        states = self._look(attention.finish(attended, queries), image and [(*image, 1)])
         return self.query_ffn(states), (keys, values)
 
     def joint(
-        self, queries: Tensor, text: Text, image: KeysValues | None, mask: Tensor | None, text_output: bool = True
+        self, queries: Tensor, text: Text, image: Looks | None, mask: Tensor | None, text_output: bool = True
     ) -> tuple[Tensor, Text]:
         """Queries [P,Q,D] (or [1,Q,D], the same for all) and P texts, which see each other as `mask` says.
 
         mask: [P or 1, 1, Q+T, Q+T], True where a row sees a column; without `text_output` only the first Q rows of it
         count, and the text's states stay as they were, for nobody reads them behind the last layer.
-        image: keys and values of P / m images; texts m*i to m*i+m-1 go with image i.
+        image: groups of images, each with the number m of texts that every image of the group has: the first texts go
+        with the first group, of them the first m with its first image, and so on.
         """
         attention, batch = self.self_attention, text.batch
         pairs, count = len(batch), queries.shape[1]
-        of_queries = [attention.split(layer(queries)) for layer in (attention.query, attention.key, attention.value)]
-        of_text = [
-            attention.split(batch.unpack(layer(text.states)))
-            for layer in ((attention.query,) if text_output else ()) + (attention.key, attention.value)
-        ]
-        q, k, v = (part.expand(pairs, -1, -1, -1) for part in of_queries)
-        keys, values = torch.cat([k, of_text[-2]], 2), torch.cat([v, of_text[-1]], 2)
-        q = torch.cat([q, of_text[0]], 2) if text_output else q
-        mask = mask if mask is None else mask[:, :, : q.shape[2]]
-        attended = attention.attend(q, keys, values, mask)  # [P, Q(+T), D]
-        states = self.query_ffn(self._look(attention.finish(attended[:, :count], queries), image))
-        if text_output:
-            own = attention.finish(batch.pack(attended[:, count:]), text.states)
-            text = Text(self._text_ffn(own), batch)
-        return states, text
+        # Queries and texts go through a projection as rows of one product.
+        rows = torch.cat([queries.flatten(0, 1), text.states])  # [P * Q + N, D], or [Q + N, D]
+
+        def project(layer: nn.Linear) -> Tensor:
+            of_queries, of_text = layer(rows).tensor_split([len(rows) - len(text.states)])
+            split = attention.split(of_queries.unflatten(0, (-1, count))).expand(pairs, -1, -1, -1)
+            return torch.cat([split, attention.split(batch.unpack(of_text))], 2)  # [P, h, Q + T, d]
+
+        keys, values = project(attention.key), project(attention.value)
+        if not text_output:
+            q = attention.split(attention.query(queries)).expand(pairs, -1, -1, -1)
+            attended = attention.attend(q, keys, values, mask if mask is None else mask[:, :, :count])  # [P, Q, D]
+            return self.query_ffn(self._look(attention.finish(attended, queries), image)), text
+        attended = attention.attend(project(attention.query), keys, values, mask)  # [P, Q + T, D]
+        if len(queries) < pairs:
+            rows = torch.cat([queries.expand(pairs, -1, -1).flatten(0, 1), text.states])
+        attended = torch.cat([attended[:, :count].flatten(0, 1), batch.pack(attended[:, count:])])
+        states, own = attention.finish(attended, rows).tensor_split([pairs * count])
+        states = self.query_ffn(self._look(states.unflatten(0, (pairs, count)), image))
+        return states, Text(self._text_ffn(own), batch)
 
     def text(
         self,
@@ -181,21 +207,22 @@ class QFormerLayer(nn.Module):
         attended = batch.pack(attention.attend(q, keys, values, mask))
         return self._text_ffn(attention.finish(attended, text.states)), (own_keys, own_values)
 
-    def _look(self, queries: Tensor, image: KeysValues | None) -> Tensor:
-        """Cross-attention to the image: [P,Q,D], where P is a multiple of the number of images."""
+    def _look(self, queries: Tensor, image: Looks | None) -> Tensor:
+        """Cross-attention to images, [P,Q,D]: queries [P,Q,D] in the order of the images' texts, or [1,Q,D] for all."""
         attention = self.cross_attention
         if attention is None:
             return queries
         assert image is not None
-        keys, values = image
-        images, rows = len(keys), max(len(queries), len(keys))
-        q = attention.split(attention.query(queries)).expand(rows, -1, -1, -1)  # [P, h, Q, d]
-        each = rows // images
-        if each > 1:
-            # The queries of an image's texts stand in one row, so that its keys are not repeated.
-            q = q.unflatten(0, (images, each)).transpose(1, 2).flatten(2, 3)  # [B, h, m * Q, d]
-        attended = attention.attend(q, keys, values)  # [B, m * Q, D]
-        return attention.finish(attended.reshape(rows, -1, attended.shape[-1]), queries)
+        rows = [len(keys) * each for keys, _, each in image]
+        q = attention.split(attention.query(queries)).expand(sum(rows), -1, -1, -1)  # [P, h, Q, d]
+        parts = []
+        for (keys, values, each), part in zip(image, q.split(rows)):
+            if each > 1:
+                # The queries of an image's texts stand in one row, so that its keys are not repeated.
+                part = part.unflatten(0, (len(keys), each)).transpose(1, 2).flatten(2, 3)  # [B, h, m * Q, d]
+            attended = attention.attend(part, keys, values)  # [B, m * Q, D]
+            parts.append(attended.reshape(len(part) * each, -1, attended.shape[-1]))
+        return attention.finish(torch.cat(parts) if len(parts) > 1 else parts[0], queries)
 
     def _text_ffn(self, states: Tensor) -> Tensor:
         assert self.text_ffn is not None

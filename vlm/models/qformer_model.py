@@ -174,14 +174,10 @@ class QFormerModel(TaskModel):
             for _, place in wrong_texts
         ]
         pad, device = self.tokenizer.pad, self.device
-        same_image = self.bridge.pairs(
-            image, [*index, *(index[row] for row, _ in wrong_texts)], TextBatch.of([*own, *others], pad, device)
-        )
-        states = [same_image]
-        if wrong_images:
-            asked = TextBatch.of([own[row] for row, _ in wrong_images], pad, device)
-            states.append(self.bridge.pairs(image, [slot[place] for _, place in wrong_images], asked))
-        logits = self.heads.match_logits(torch.cat(states))
+        # One pass over all pairs, so that each weight's gradient is made of one large product.
+        slots = [*index, *(index[row] for row, _ in wrong_texts), *(slot[place] for _, place in wrong_images)]
+        asked = TextBatch.of([*own, *others, *(own[row] for row, _ in wrong_images)], pad, device)
+        logits = self.heads.match_logits(self.bridge.pairs(image, slots, asked))
         return logits[:count], logits[count:]
 
     def comparison_parameters(self) -> list[nn.Parameter]:
