@@ -39,9 +39,11 @@ TOKENIZERS = {
     "vicuna": tiny_vicuna_tokenizer,
 }
 # One text behind a picture is all that BLIP-2 knows; tests/test_lavis_stage2.py holds its tokens to the authors'.
-SEVERAL_TURNS = [name for name in TEMPLATES if name != "blip2_opt"]
+SEVERAL_TURNS = [name for name in TEMPLATES if name not in ("blip2_opt", "blip2_t5")]
 ENDS = {
     "plain": "\n",
+    "instructblip": "</s>",
+    "minigpt4": "###",
     "vicuna_v0": "###",
     "vicuna_v1": "</s>",
     "llama_2": " </s>",

@@ -27,13 +27,14 @@ def first(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
 
 def second(tiny_folder: Callable[..., Path], first: Path, **bridge: Any) -> Recipe:
     stage_one = qformer_spec(tiny_folder)
+    shared = {key: value for key, value in stage_one["bridge"].items() if key != "embed_width"}
     spec = generative_spec(tiny_folder, "opt", template="blip2_opt").model_dump(mode="json")
     return Recipe.model_validate(
         {
             "model": {
                 **spec,
                 **{k: stage_one[k] for k in ("image_encoder",)},
-                "bridge": stage_one["bridge"] | {"type": "qformer"} | bridge,
+                "bridge": {**shared, "type": "qformer", **bridge},
             },
             "data": {"train": [{"dataset": str(first.parent / "data" / "train.jsonl"), "format": "captions_jsonl"}]},
             "optimizer": {"lr": 1e-3, "eps": STEADY_EPS},

@@ -114,7 +114,7 @@ def test_data_sets_of_the_recipes_are_known():
 @pytest.mark.parametrize("name", known_names())
 def test_known_configurations_are_whole(name):
     config = find_config(name)
-    assert config.model_type in ("clip", "siglip", "llama", "qwen2")
+    assert config.model_type in ("clip", "siglip", "llama", "qwen2", "bert", "opt", "t5", "blip-2")
 
 
 @pytest.mark.parametrize(

@@ -71,3 +71,38 @@ def test_the_schedule_warms_up_and_comes_down(name):
 def test_warmup_below_one_is_a_share_of_all_steps():
     assert schedule_factor(ScheduleSection(warmup=0.5), 24, 100) == pytest.approx(0.5)
     assert schedule_factor(ScheduleSection(warmup=0), 0, 100) == 1.0
+
+
+class _Encoder(nn.Module):
+    """Names of parameters as an image encoder of transformers has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.image_encoder = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(2, 2)}),
+                "encoder": nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}),
+                "post_layernorm": nn.LayerNorm(2),
+            }
+        )
+        self.bridge = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(2, 2)])})
+
+
+def test_layers_of_an_image_encoder_learn_the_slower_the_more_stand_behind():
+    """BLIP-2's code: .95 to the power of 1 for the last layer, of all layers and one for the embeddings."""
+    model = _Encoder()
+    optimizer = build_optimizer(model, OptimizerSection(lr=1.0, image_layer_decay=0.5))
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: found[id(p)] for name, p in model.named_parameters() if name.endswith("weight")}
+    assert rates == {
+        "image_encoder.embeddings.patch_embedding.weight": 0.5**4,
+        "image_encoder.encoder.layers.0.weight": 0.5**3,
+        "image_encoder.encoder.layers.1.weight": 0.5**2,
+        "image_encoder.encoder.layers.2.weight": 0.5,
+        "image_encoder.post_layernorm.weight": 0.5,
+        "bridge.layers.0.weight": 1.0,
+    }
+    assert optimizer.param_groups[0]["lr"] == 1.0  # the one that is logged
+    model.image_encoder.requires_grad_(False)
+    with pytest.raises(VlmError, match="no layer of the image encoder learns"):
+        build_optimizer(model, OptimizerSection(lr=1.0, image_layer_decay=0.5))

@@ -21,10 +21,12 @@ def load_model(
     """A model ready to use, frozen and in eval mode.
 
     name: a run folder that `vlm-train` wrote, or the `model/` folder inside it; `open_clip:ARCH/TAG_OR_FILE`; or a
-    Hugging Face id or local folder of a model in transformers' layout (`vlm.models.published.PUBLISHED`).
+    Hugging Face id or local folder of a model in transformers' layout (`vlm.models.published.PUBLISHED`); or a BLIP-2
+    of LAVIS (`.pth`).
     device: default CUDA, else MPS, else CPU. dtype: of frozen weights, `fp32`, `bf16`, `fp16` or a torch.dtype; by
     default what the device is good at. Raises VlmError if there is nothing to load or a key does not fit.
     """
+    from vlm.backbones.lavis_checkpoint import is_lavis
     from vlm.models.build import DESCRIPTION, load_model_folder
 
     path = Path(name).expanduser()
@@ -33,6 +35,10 @@ def load_model(
     if (path / "recipe.yaml").is_file():
         raise VlmError(f"{path}: this run has not written its model yet; go on with `vlm-train RECIPE --resume`")
     text = str(name)
+    if is_lavis(path):
+        from vlm.models.published_lavis import load_lavis
+
+        return load_lavis(path, device, _precision(dtype))
     if text.startswith("open_clip:"):
         from vlm.models.published_dual_encoder import load_open_clip
 

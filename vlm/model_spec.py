@@ -118,14 +118,14 @@ class DualTowerSpec(Strict):
         return self
 
 
-class QFormerBridgeSpec(Strict):
+class QFormerParts(Strict):
     """The Q-Former: learned queries that read an image, in layers of a BERT (BLIP-2).
 
-    init: the BERT it starts from, in transformers' layout; gives width, heads, vocabulary and tokeniser.
+    init: the BERT it starts from, in transformers' layout; gives width, heads, vocabulary and tokeniser. Or a published
+    BLIP-2 or InstructBLIP, whose Q-Former is taken as it is.
     num_queries: learned queries, and so the tokens a picture becomes.
     layers: the first so many of the BERT's; all if not given.
     cross_attention_every: layers 0, n, 2n, ... look at the image.
-    embed_width: of the joint space of images and texts.
     dropout: on hidden states and attention probabilities in training.
     """
 
@@ -134,8 +134,27 @@ class QFormerBridgeSpec(Strict):
     num_queries: int = Field(default=32, ge=1)
     layers: int | None = Field(default=None, ge=1)
     cross_attention_every: int = Field(default=2, ge=1)
-    embed_width: int = Field(default=256, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+class QFormerBridgeSpec(QFormerParts):
+    """A Q-Former that contrasts and matches images and texts (BLIP-2's first stage).
+
+    embed_width: of the joint space of images and texts.
+    """
+
+    embed_width: int = Field(default=256, ge=1)
+
+
+class QFormerProjectionSpec(QFormerParts):
+    """A Q-Former between an image encoder and a language model (BLIP-2's second stage, InstructBLIP, MiniGPT-4).
+
+    instruction: the queries read what the user asks as well (InstructBLIP).
+    instruction_length: tokens of it that they read; longer ones are cut.
+    """
+
+    instruction: bool = False
+    instruction_length: int = Field(default=128, ge=3)
 
 
 class GenerativeSpec(Strict):
@@ -146,15 +165,18 @@ class GenerativeSpec(Strict):
     jinja text with `{% generation %}` blocks around what the model says.
     question_prompt, caption_prompt: the user's text around a question, and the one that asks for a caption, in training
     and in `answer` and `caption` alike.
+    split_captions: an encoder-decoder reads a random first part of a caption and learns to say the rest (BLIP-2,
+    section 3.2); in training, where nothing was asked.
     """
 
     type: Literal["generative"] = "generative"
     image_encoder: ImageEncoderSpec
-    bridge: Annotated[ProjectionSpec | QFormerBridgeSpec, Field(discriminator="type")] = ProjectionSpec()
+    bridge: Annotated[ProjectionSpec | QFormerProjectionSpec, Field(discriminator="type")] = ProjectionSpec()
     language_model: LanguageModelSpec
     template: str = "tokenizer"
     question_prompt: str = "<image>\n{question}"
     caption_prompt: str = "<image>"
+    split_captions: bool = False
 
     _short = field_validator("image_encoder", "language_model", mode="before")(name_only)
 

@@ -54,6 +54,8 @@ class DataSection(Strict):
     group_by_modality_length: batches hold samples with pictures or samples without, sorted by length (LLaVA-1.5).
     shuffle_buffer: samples of WebDataset shards that are shuffled together, rounded up to whole shards.
     workers: threads that decode and tokenise the next batch while this one trains; 0 does it in between.
+    sampling: how often a source without `weight` is drawn from: by its `size`, or by the square root of it (`sqrt`,
+        InstructBLIP).
     cached_views: with `augment: true` and a frozen encoder, crops of each picture whose features are kept; each time
         one of them is drawn. 0: every crop is new, and encoded.
     """
@@ -64,13 +66,17 @@ class DataSection(Strict):
     cache_features: bool = True
     augment: bool | None = None
     cached_views: int = Field(default=0, ge=0)
+    sampling: Literal["size", "sqrt"] = "size"
     group_by_modality_length: bool = False
     shuffle_buffer: int = Field(default=50_000, ge=1)
     workers: int = Field(default=0, ge=0)
 
 
 class OptimizerSection(Strict):
-    """AdamW. `groups` gives learning rates by name pattern, e.g. `{"language_model.lora.*": 2.0e-4}`."""
+    """AdamW. `groups` gives learning rates by name pattern, e.g. `{"language_model.lora.*": 2.0e-4}`.
+
+    image_layer_decay: factor on the learning rate of an image encoder that learns, once for each layer behind (BEiT).
+    """
 
     lr: float = Field(gt=0)
     groups: dict[str, float] = {}
@@ -78,6 +84,7 @@ class OptimizerSection(Strict):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float | None = Field(default=1.0, gt=0)
+    image_layer_decay: float = Field(default=1.0, gt=0, le=1)
 
 
 class ScheduleSection(Strict):
@@ -144,7 +151,7 @@ class Recipe(Strict):
     train: TrainSection
     evaluation: EvaluationSection = EvaluationSection()
     trainable: list[str] = Field(default=["bridge.*"], min_length=1)
-    init_from: str | None = None
+    init_from: str | list[str] | None = None
     output: str
 
     @model_validator(mode="before")

@@ -8,10 +8,10 @@ import torch
 from PIL.Image import Resampling
 from torch import nn
 
-from vlm.backbones.hf_loading import load_config, load_strictly, read_config
+from vlm.backbones.hf_loading import load_config, load_strictly
 from vlm.backbones.image_encoder import Tower
 from vlm.backbones.layers import check_layer
-from vlm.backbones.llava_checkpoint import is_llava, read_llava
+from vlm.backbones.whole_checkpoint import read_whole
 from vlm.data.transforms import ImageTransform
 from vlm.errors import VlmError, did_you_mean
 
@@ -27,6 +27,7 @@ class Family:
     projection: of the outer model, from the pooled output to the joint space.
     prefix: tokens in front of the patches, registers aside. norm_tokens: the model applies its norm to the pooled token
     only, so the tokens still need it (CLIP). interpolates: forward takes `interpolate_pos_encoding`.
+    bare: the final norm is not the tower's but belongs to what reads it, so no token has passed it (BLIP-2).
     unused, optional: keys that a checkpoint may have left over, or lack.
     """
 
@@ -39,6 +40,7 @@ class Family:
     projection: str | None = None
     norm_tokens: bool = False
     interpolates: bool = False
+    bare: bool = False
     unused: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
@@ -59,6 +61,7 @@ _CLIP = Family(
 _SIGLIP = Family(
     "SiglipVisionModel", "encoder.layers", "post_layernorm", head="head", interpolates=True, unused=_OTHER_TOWER
 )
+_BLIP2 = {"prefix": 1, "interpolates": True, "bare": True, "optional": (r"post_layernorm\..*",)}
 _DINO = {"prefix": 1, "unused": _CLASSIFIER, "optional": (r".*mask_token",)}
 
 # What `model_type` in a configuration means.
@@ -79,6 +82,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "dinov2": Family("Dinov2Model", "encoder.layer", "layernorm", **_DINO),  # type: ignore[arg-type]
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", "encoder.layer", "layernorm", **_DINO),  # type: ignore[arg-type]
+    "blip_2_vision_model": Family("Blip2VisionModel", "encoder.layers", "post_layernorm", **_BLIP2),  # type: ignore[arg-type]
+    "instructblip_vision_model": Family("InstructBlipVisionModel", "encoder.layers", "post_layernorm", **_BLIP2),  # type: ignore[arg-type]
     "convnext": Family("ConvNextModel", "encoder.stages", "layernorm", unused=_CLASSIFIER),
     "convnextv2": Family("ConvNextV2Model", "encoder.stages", "layernorm", unused=_CLASSIFIER),
 }
@@ -96,6 +101,8 @@ class HfTower(Tower):
         check_layer(f"hf:{model.config.name_or_path}", layer, len(layers))
         if not self.last:
             del layers[len(layers) + layer + 1 :]
+        self.bare = family.bare
+        if not self.last or family.bare:
             tower.set_submodule(family.norm, nn.Identity())
         if family.head and not self._keeps(family.head, lacking):
             setattr(tower, family.head, None)
@@ -121,7 +128,7 @@ class HfTower(Tower):
         features = output.last_hidden_state
         if self.norm is not None:
             features = self.norm(features)
-        if not self.last:
+        if not self.last or self.bare:
             return features, None
         pooled = output.pooler_output
         if pooled is None and self.num_prefix_tokens:
@@ -134,12 +141,11 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def build_hf(reference: str, layer: int, image_size: int | None) -> tuple[Tower, ImageTransform]:
-    """The vision tower of a hub id or local folder; also out of a checkpoint of CLIP, SigLIP or LLaVA as a whole."""
+    """The vision tower of a hub id or local folder; also out of a whole CLIP, SigLIP, LLaVA or BLIP-2."""
     import transformers
 
     options: dict[str, Any] = {}
-    if is_llava(read_config(reference)):
-        checkpoint = read_llava(reference)
+    if checkpoint := read_whole(reference):
         options["state_dict"] = checkpoint.state("vision")
         if not options["state_dict"]:  # it lies beside its language model
             return build_hf(checkpoint.tower, layer, image_size)
@@ -157,7 +163,7 @@ def build_hf(reference: str, layer: int, image_size: int | None) -> tuple[Tower,
     model, lacking = load_strictly(
         getattr(transformers, family.model), reference, family.unused, family.optional, **options
     )
-    transform = hf_transform(checkpoint.tower if options else reference)
+    transform = hf_transform(checkpoint.tower if checkpoint else reference)
     own = getattr(model.config, "image_size", None)
     if image_size is not None:
         transform = transform.with_size(image_size)

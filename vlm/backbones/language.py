@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm.backbones.hf_loading import load_strictly, read_config
-from vlm.backbones.llava_checkpoint import is_llava, read_llava
 from vlm.backbones.names import PartName, parse_part_name
 from vlm.backbones.quantization import quantization_options
+from vlm.backbones.whole_checkpoint import WholeCheckpoint, read_whole
 from vlm.data.records import IMAGE_PLACEHOLDER
 from vlm.devices import storage_dtype
 from vlm.errors import VlmError
@@ -293,14 +293,19 @@ def _load(folder: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, T
 
     options: of `from_pretrained`.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as SEQUENCE
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a bar per part hides what the command itself has to say
-    if _holds_llava(folder):
-        checkpoint = read_llava(folder)
-        options = {**options, "config": checkpoint.text_config, "state_dict": checkpoint.state("language")}
-        network, _ = load_strictly(MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.text_config)], folder, **options)
+    if checkpoint := _whole(folder):
+        state = checkpoint.state("language")
+        if not state:
+            raise VlmError(f"language model {name!r}: this checkpoint holds none")
+        kinds = SEQUENCE if checkpoint.text_config.is_encoder_decoder else CAUSAL
+        options = {**options, "config": checkpoint.text_config, "state_dict": state}
+        network, _ = load_strictly(kinds[type(checkpoint.text_config)], folder, **options)
         return network, load_tokenizer(checkpoint.base or folder, name)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -318,12 +323,13 @@ def _load(folder: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, T
     return network, load_tokenizer(folder, name)
 
 
-def _holds_llava(folder: str) -> bool:
-    """Whether the language model is to be taken out of a whole LLaVA."""
+def _whole(folder: str) -> WholeCheckpoint | None:
+    """The whole vision-language model that the language model is to be taken out of; None where it lies alone."""
     try:
-        return is_llava(read_config(folder))
+        read_config(folder)
     except VlmError:  # the error that names the part comes from where it is loaded
-        return False
+        return None
+    return read_whole(folder)
 
 
 def load_tokenizer(folder: str, name: str) -> Tokenizer:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from vlm.backbones.checkpoint_files import MERGED, file_of, read_tensors, tensors_of
 from vlm.backbones.hf_loading import read_config
 from vlm.errors import VlmError
 
@@ -37,7 +37,6 @@ _KEYS: tuple[tuple[str, Part, str], ...] = (
 )
 _BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
 _ADAPTER = re.compile(r"(?:base_model\.model\.)?(?P<layer>.*)\.lora_(?P<side>A|B)(?:\.default)?\.weight")
-_MERGED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _BESIDE_ADAPTERS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
@@ -71,16 +70,16 @@ class LlavaCheckpoint:
         Raises VlmError that names keys which belong nowhere.
         """
         if self.base is None:
-            return _part_of(_tensors(self.reference, _MERGED), part, self.reference)
+            return _part_of(tensors_of(self.reference, MERGED), part, self.reference)
         if part != "bridge":
-            return self._with_adapters(_part_of(_tensors(self.base, _MERGED), part, self.base), part)
-        beside = _tensors(self.reference, (*_BESIDE_ADAPTERS, *_PROJECTOR))
+            return self._with_adapters(_part_of(tensors_of(self.base, MERGED), part, self.base), part)
+        beside = tensors_of(self.reference, (*_BESIDE_ADAPTERS, *_PROJECTOR))
         return _part_of(beside, part, self.reference)
 
     def _with_adapters(self, state: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        if part == "language" and _file(self.reference, "adapter_config.json"):
-            beside = _tensors(self.reference, _BESIDE_ADAPTERS)  # full embeddings or the like
-            _merge_adapters(state, _tensors(self.reference, _ADAPTERS), self.reference)
+        if part == "language" and file_of(self.reference, "adapter_config.json"):
+            beside = tensors_of(self.reference, _BESIDE_ADAPTERS, optional=True)  # full embeddings or the like
+            _merge_adapters(state, tensors_of(self.reference, _ADAPTERS), self.reference)
             state |= _part_of(beside, part, self.reference)
         return state
 
@@ -161,9 +160,9 @@ def _original(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
 
 def _base(reference: str, raw: dict[str, Any]) -> str | None:
     """The language model that adapters or a projector belong to; None if all weights are here."""
-    if path := _file(reference, "adapter_config.json"):
+    if path := file_of(reference, "adapter_config.json"):
         name = json.loads(path.read_text()).get("base_model_name_or_path")
-    elif any(_file(reference, file) for file in _MERGED):
+    elif any(file_of(reference, file) for file in MERGED):
         return None
     else:
         name = raw.get("_name_or_path")
@@ -176,50 +175,6 @@ def _resolved(name: str, beside: str) -> str:
     """A folder named relative to the checkpoint's own, or the name as it is."""
     near = Path(beside).expanduser() / name
     return str(near) if near.is_dir() else name
-
-
-def _file(reference: str, name: str) -> Path | None:
-    from transformers.utils import cached_file
-
-    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found = cached_file(reference, name, **options)
-    return None if found is None else Path(found)
-
-
-def _tensors(reference: str, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Keys and tensors of the first of these files that is there, or of the shards that it names."""
-    for name in names:
-        if path := _file(reference, name):
-            files = [path]
-            if path.name.endswith(".index.json"):
-                shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-                found = [_file(reference, shard) for shard in shards]
-                if lacking := [shard for shard, file in zip(shards, found) if file is None]:
-                    raise VlmError(f"{reference}: {path.name} names {lacking[0]}, which is not there")
-                files = [file for file in found if file is not None]
-            for file in files:
-                yield from _read(file)
-            return
-    if names is not _BESIDE_ADAPTERS:
-        raise VlmError(f"{reference}: holds none of {', '.join(names)}")
-
-
-def _read(file: Path) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    yield key, tensors.get_tensor(key)
-        else:
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-    except (SafetensorError, RuntimeError, EOFError, AttributeError) as error:
-        raise VlmError(f"{file}: cannot be read: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # pickle.UnpicklingError: something else than tensors is in there
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise VlmError(f"{file}: holds other things than tensors, which are not loaded") from error
 
 
 def _part_of(tensors: Iterator[tuple[str, Tensor]], part: Part, where: str) -> dict[str, Tensor]:
@@ -245,7 +200,7 @@ def _place(key: str) -> tuple[Part | None, str]:
 
 def _merge_adapters(state: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], reference: str) -> None:
     """Add B A alpha / rank to each weight that has adapters (Hu et al. 2021, section 4.1), in fp32."""
-    path = _file(reference, "adapter_config.json")
+    path = file_of(reference, "adapter_config.json")
     config = json.loads(path.read_text()) if path else {}
     for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if config.get(key):
@@ -271,9 +226,9 @@ def read_projector(folder: Path) -> dict[str, Tensor] | None:
     By logical name: `bridge.layers.0.weight`.
     """
     if folder.is_file():
-        tensors = _read(folder)
-    elif name := next((n for n in (*_PROJECTOR, *_BESIDE_ADAPTERS, *_MERGED) if (folder / n).is_file()), None):
-        tensors = _tensors(str(folder), (name,))
+        tensors = read_tensors(folder)
+    elif name := next((n for n in (*_PROJECTOR, *_BESIDE_ADAPTERS, *MERGED) if (folder / n).is_file()), None):
+        tensors = tensors_of(str(folder), (name,))
     else:
         return None
     return {f"bridge.{key}": tensor for key, tensor in _part_of(tensors, "bridge", str(folder)).items()} or None

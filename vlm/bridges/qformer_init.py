@@ -1,21 +1,25 @@
 """A Q-Former that starts as a BERT: sizes, weights and tokeniser of a checkpoint in transformers' layout."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlm.backbones.blip2_checkpoint import KINDS, Blip2Checkpoint, read_blip2
 from vlm.backbones.hf_loading import load_config, load_strictly
+from vlm.backbones.known_configs import find_config
 from vlm.backbones.names import parse_part_name
 from vlm.backbones.starter import STARTER_TEXT, minilm_folder
 from vlm.bridges.qformer import INIT_STD, QFormer
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_keys import from_lavis
 from vlm.bridges.qformer_layers import QFormerSizes
+from vlm.data.records import IMAGE_PLACEHOLDER
 from vlm.data.text_batch import TextBatch
 from vlm.errors import VlmError, did_you_mean
-from vlm.model_spec import QFormerBridgeSpec
+from vlm.model_spec import QFormerBridgeSpec, QFormerParts
 
 _TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 _POSITIONS = "bert.embeddings.position_embeddings.weight"
@@ -74,13 +78,21 @@ def bert_reference(name: str) -> str:
     return str(minilm_folder())
 
 
-def qformer_sizes(spec: QFormerBridgeSpec, image_width: int, text: bool = True) -> QFormerSizes:
-    """Sizes of the Q-Former that `spec` describes; text: whether it has a text side (stage 2 has none)."""
-    config = load_config(bert_reference(spec.init))
-    if config.model_type != "bert":
+def qformer_sizes(spec: QFormerParts, image_width: int, text: bool = True) -> QFormerSizes:
+    """Sizes of the Q-Former that `spec` describes, by configurations alone.
+
+    text: whether it has a text side (stage 2 has none, unless its queries read instructions).
+    Raises VlmError for what is neither BERT nor Q-Former, and where a published Q-Former has other sizes than `spec`.
+    """
+    config = find_config(bert_reference(spec.init))
+    published = config.model_type in KINDS
+    if config.model_type != "bert" and not published:
         raise VlmError(
             f"bridge.init: {spec.init}: a Q-Former starts from a BERT, this is a {config.model_type!r} model"
         )
+    if published:
+        _check_published(spec, config, image_width)
+        config = config.qformer_config
     layers = spec.layers or config.num_hidden_layers
     if layers > config.num_hidden_layers:
         raise VlmError(f"bridge.layers: {layers}: {spec.init} has {config.num_hidden_layers}")
@@ -91,25 +103,47 @@ def qformer_sizes(spec: QFormerBridgeSpec, image_width: int, text: bool = True) 
         ffn=config.intermediate_size,
         num_queries=spec.num_queries,
         image_width=image_width,
-        vocabulary=config.vocab_size + 1 if text else 0,
+        vocabulary=(config.vocab_size + (0 if published else 1)) if text else 0,  # with [DEC]
         positions=config.max_position_embeddings,
         cross_attention_every=spec.cross_attention_every,
         dropout=spec.dropout,
     )
 
 
-def qformer_tokenizer(spec: QFormerBridgeSpec) -> QFormerTokenizer:
+def _check_published(spec: QFormerParts, config: Any, image_width: int) -> None:
+    qformer = config.qformer_config
+    for key, asked, there in (
+        ("num_queries", spec.num_queries, config.num_query_tokens),
+        ("cross_attention_every", spec.cross_attention_every, qformer.cross_attention_frequency),
+        ("layers", spec.layers or qformer.num_hidden_layers, qformer.num_hidden_layers),
+    ):
+        if asked != there:
+            raise VlmError(f"bridge.{key}: {asked}: the Q-Former of {spec.init} has {there}")
+    if image_width != qformer.encoder_hidden_size:
+        raise VlmError(
+            f"bridge.init: the Q-Former of {spec.init} reads image tokens of width {qformer.encoder_hidden_size}, "
+            f"those of this image encoder have {image_width}"
+        )
+
+
+def qformer_tokenizer(spec: QFormerParts) -> QFormerTokenizer:
     """The checkpoint's tokeniser; [DEC] is the id behind its vocabulary, as in LAVIS."""
     from transformers import AutoTokenizer
 
     reference = bert_reference(spec.init)
+    config = load_config(reference)
+    # InstructBLIP keeps it beside the language model's.
+    folder = {"subfolder": "qformer_tokenizer"} if config.model_type == "instructblip" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reference)
+        tokenizer = AutoTokenizer.from_pretrained(reference, **folder)
     except (OSError, ValueError) as error:
         raise VlmError(f"{spec.init}: its tokeniser cannot be read: {str(error).splitlines()[0]}") from error
-    start = int(load_config(reference).vocab_size)
-    if len(tokenizer) > start:
-        raise VlmError(f"{spec.init}: the tokeniser knows {len(tokenizer)} tokens, the model {start}")
+    published = config.model_type in KINDS  # its vocabulary counts [DEC]; its tokeniser may know it, and `<image>`
+    size = int(config.qformer_config.vocab_size) if published else int(config.vocab_size) + 1
+    start = size - 1
+    known = [number for token, number in tokenizer.get_vocab().items() if token != IMAGE_PLACEHOLDER]
+    if max(known) > start - (not published):
+        raise VlmError(f"{spec.init}: the tokeniser knows {max(known) + 1} tokens, the model {size}")
     return QFormerTokenizer(tokenizer, start)
 
 
@@ -124,8 +158,41 @@ def build_qformer(spec: QFormerBridgeSpec, image_width: int, text: bool = True) 
     sizes = qformer_sizes(spec, image_width, text)
     bridge = QFormer(sizes)
     heads = QFormerHeads(sizes.width, sizes.vocabulary, spec.embed_width) if text else None
-    start_from_bert(bridge, heads, bert_state(spec, sizes), spec.init)
+    start_qformer(spec, bridge, heads)
     return bridge, heads
+
+
+def start_qformer(spec: QFormerParts, bridge: QFormer, heads: QFormerHeads | None) -> None:
+    """Fill a Q-Former and its heads with the weights of `spec.init`, a BERT or a published Q-Former."""
+    reference = bert_reference(spec.init)
+    if load_config(reference).model_type in KINDS:
+        start_from_published(bridge, heads, read_blip2(reference))
+    else:
+        start_from_bert(bridge, heads, bert_state(spec, bridge.sizes), spec.init)
+
+
+@torch.no_grad()
+def start_from_published(bridge: QFormer, heads: QFormerHeads | None, checkpoint: Blip2Checkpoint) -> None:
+    """Fill a Q-Former with a published one; the projection to a language model stays as it is, for it fits but one.
+
+    A text side that is not wanted is left out, and so is stage 1's. Heads that nobody publishes (temperature, word
+    head) stay as they are. Raises VlmError that names other keys that are missing, left over or of another shape.
+    """
+    where = checkpoint.reference
+    parts = nn.ModuleDict({"bridge": bridge} if heads is None else {"bridge": bridge, "heads": heads})
+    own, given = parts.state_dict(), from_lavis(checkpoint.state("bridge"), where)
+    text = bridge.sizes.vocabulary > 0
+    given = {
+        key: value
+        for key, value in given.items()
+        if not key.startswith("bridge.language_projection.")
+        and (text or not _of_text(key))
+        and (heads is not None or not key.startswith("heads."))
+    }
+    fresh = ("bridge.language_projection.", "heads.temperature", "heads.words.")
+    account(own, given, lambda key: key.startswith(fresh), where)
+    for key, value in given.items():
+        own[key].copy_(value)
 
 
 @torch.no_grad()
@@ -134,21 +201,30 @@ def start_from_bert(bridge: QFormer, heads: QFormerHeads | None, bert: dict[str,
     parts = nn.ModuleDict({"bridge": bridge} if heads is None else {"bridge": bridge, "heads": heads})
     own = parts.state_dict()
     copies = {key.replace(".text_ffn.", ".query_ffn."): value for key, value in bert.items() if ".text_ffn." in key}
-    given = {key: value for key, value in {**bert, **copies}.items() if heads is not None or not _of_text(key)}
-    unknown = sorted(given.keys() - own.keys())
-    lacking = sorted(
-        key for key in own.keys() - given.keys() if not key.startswith(_FRESH) and ".cross_attention." not in key
-    )
-    lacking = [key for key in lacking if not key.startswith("heads.words.") or _has_words(bert)]
-    wrong = sorted(key for key in given.keys() & own.keys() if given[key].shape != own[key].shape)
-    for what, keys in (("left over", unknown), ("missing", lacking), ("of another shape", wrong)):
-        if keys:
-            raise VlmError(f"{where} does not fit this Q-Former: {len(keys)} keys {what}: {', '.join(keys[:4])}")
+    text = bridge.sizes.vocabulary > 0
+    given = {key: value for key, value in {**bert, **copies}.items() if text or not _of_text(key)}
+    given = {key: value for key, value in given.items() if heads is not None or not key.startswith("heads.")}
+
+    def fresh(key: str) -> bool:
+        without_words = key.startswith("heads.words.") and not _has_words(bert)
+        return key.startswith(_FRESH) or ".cross_attention." in key or without_words
+
+    account(own, given, fresh, where)
     for key, value in given.items():
         own[key].copy_(value)
 
 
-def bert_state(spec: QFormerBridgeSpec, sizes: QFormerSizes) -> dict[str, Tensor]:
+def account(own: dict[str, Tensor], given: dict[str, Tensor], fresh: Callable[[str], bool], where: str) -> None:
+    """Raise VlmError that names keys of `given` left over or of another shape, and missing ones not `fresh`."""
+    unknown = sorted(given.keys() - own.keys())
+    lacking = sorted(key for key in own.keys() - given.keys() if not fresh(key))
+    wrong = sorted(key for key in given.keys() & own.keys() if given[key].shape != own[key].shape)
+    for what, keys in (("left over", unknown), ("missing", lacking), ("of another shape", wrong)):
+        if keys:
+            raise VlmError(f"{where} does not fit this Q-Former: {len(keys)} keys {what}: {', '.join(keys[:4])}")
+
+
+def bert_state(spec: QFormerParts, sizes: QFormerSizes) -> dict[str, Tensor]:
     """The checkpoint's tensors by our names, cut to the layers wanted, with a row for [DEC]."""
     from transformers import BertForMaskedLM
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +17,14 @@ _SENTINELS = 0x100000  # private code points: one stands for each special token'
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """Token ids with `IMAGE_SLOT` at each picture's place; `trained[i]` says whether token i carries loss."""
+    """Token ids with `IMAGE_SLOT` at each picture's place; `trained[i]` says whether token i carries loss.
+
+    instruction: what a Q-Former that follows instructions reads of it, as its own tokeniser's ids.
+    """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
+    instruction: tuple[int, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -74,18 +78,19 @@ def _special_texts(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
 
-def tokenize_prompt_and_text(prompt: str, text: str, tokenizer: Any) -> TokenizedText:
+def tokenize_prompt_and_text(prompt: str, text: str, tokenizer: Any, picture_first: bool = False) -> TokenizedText:
     """A verbatim prompt and what follows it as one string, the tokens of `text` marked as trained.
 
     One space stands between the two unless the prompt is empty or ends in white space. `<image>` marks the picture's
-    place, in front where absent. The tokeniser adds its own special tokens.
+    place, in front where absent. The tokeniser adds its own special tokens, with
+    `picture_first` behind the picture.
     """
     if IMAGE_PLACEHOLDER not in prompt:
         prompt = IMAGE_PLACEHOLDER + prompt
     bare = prompt.endswith((IMAGE_PLACEHOLDER, " ", "\n", "\t"))
     joined = prompt + (text if bare or not text else " " + text)
     span = (len(prompt), len(joined))
-    return _with_prefix(_tokenize(joined, tokenizer, [span] if text else []), tokenizer)
+    return _with_prefix(_tokenize(joined, tokenizer, [span] if text else []), tokenizer, picture_first)
 
 
 @lru_cache(maxsize=16)
@@ -122,12 +127,21 @@ def _tokenize(
     return TokenizedText(tuple(ids), tuple(trained))
 
 
-def _with_prefix(tokens: TokenizedText, tokenizer: Any) -> TokenizedText:
+def _with_prefix(tokens: TokenizedText, tokenizer: Any, picture_first: bool = False) -> TokenizedText:
     prefix = special_prefix(tokenizer)
     start = next((i for i, token in enumerate(tokens.ids) if token != IMAGE_SLOT), 0)
     if not prefix or tokens.ids[start : start + len(prefix)] == prefix:  # also behind the picture: BLIP-2 with OPT
         return tokens
-    return TokenizedText(prefix + tokens.ids, (False,) * len(prefix) + tokens.trained)
+    at = start if picture_first else 0
+    trained = (*tokens.trained[:at], *(False,) * len(prefix), *tokens.trained[at:])
+    return TokenizedText((*tokens.ids[:at], *prefix, *tokens.ids[at:]), trained)
+
+
+def stands_behind_picture(template: str, tokenizer: Any) -> bool:
+    """Whether a template puts the tokeniser's start token behind the picture (BLIP-2) rather than in front of all."""
+    prefix = special_prefix(tokenizer)
+    ids = tokenize_conversation([Message("user", f"{IMAGE_PLACEHOLDER}\na")], template, tokenizer, True).ids
+    return bool(prefix) and ids[: 1 + len(prefix)] == (IMAGE_SLOT, *prefix)
 
 
 @lru_cache(maxsize=16)
@@ -155,4 +169,5 @@ def fit_prompt(tokens: TokenizedText, limit: int, tail: int) -> TokenizedText:
     start = stop - excess
     if start <= last_slot:
         raise VlmError(f"the pictures of a prompt do not fit into {limit} tokens: use fewer image tokens")
-    return TokenizedText(tokens.ids[:start] + tokens.ids[stop:], tokens.trained[:start] + tokens.trained[stop:])
+    ids, trained = tokens.ids, tokens.trained
+    return replace(tokens, ids=ids[:start] + ids[stop:], trained=trained[:start] + trained[stop:])

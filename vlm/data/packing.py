@@ -7,12 +7,13 @@ tree of one node, and packing puts several trees into one row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vlm.data.conversation import IMAGE_SLOT, TokenizedText
+from vlm.data.text_batch import TextBatch
 from vlm.errors import VlmError
 
 IGNORE = -100  # label of a position that carries no loss
@@ -24,7 +25,8 @@ class Row:
 
     ids: token ids, `IMAGE_SLOT` once for every image token. labels: the token to predict after each position, or
     IGNORE. positions: depth in the tree. nodes: tree node of each position. parents: parent of each node, -1 for a
-    root. images: the pictures that fill the slots, in order.
+    root. images: the pictures that fill the slots, in order. instructions: what a Q-Former reads beside each of them,
+    if it follows instructions.
     """
 
     ids: list[int]
@@ -33,6 +35,7 @@ class Row:
     nodes: list[int]
     parents: list[int]
     images: list[str]
+    instructions: list[tuple[int, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,7 +49,7 @@ def expand_slots(text: TokenizedText, image_tokens: int) -> TokenizedText:
         repeat = image_tokens if token == IMAGE_SLOT else 1
         ids += [token] * repeat
         trained += [flag] * repeat
-    return TokenizedText(tuple(ids), tuple(trained))
+    return replace(text, ids=tuple(ids), trained=tuple(trained))
 
 
 def truncate(text: TokenizedText, limit: int) -> TokenizedText:
@@ -60,7 +63,7 @@ def truncate(text: TokenizedText, limit: int) -> TokenizedText:
         raise VlmError(f"a sample's pictures do not fit into {limit} tokens: raise data.max_length")
     if not any(text.trained[:limit]):
         raise VlmError(f"a sample's prompt alone is longer than {limit} tokens: nothing is left to train on")
-    return TokenizedText(text.ids[:limit], text.trained[:limit])
+    return replace(text, ids=text.ids[:limit], trained=text.trained[:limit])
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def build_row(texts: Sequence[TokenizedText], images: Sequence[str]) -> Row:
     if len(texts) > 1 and any(branch.ids[branch.shareable] == IMAGE_SLOT for branch in branches):
         # A picture's last token predicts (the start token, in BLIP-2), so no two texts can have it in common.
         return concatenate([build_row([text], images) for text in texts])
-    row = Row([], [], [], [], [], list(images))
+    row = Row([], [], [], [], [], list(images), _instructions([texts[0]], [images]))
     _emit(row, branches, 0, -1)
     return row
 
@@ -131,6 +134,7 @@ def concatenate(rows: Sequence[Row]) -> Row:
         merged.nodes.extend(node + offset for node in row.nodes)
         merged.parents.extend(parent + offset if parent >= 0 else -1 for parent in row.parents)
         merged.images.extend(row.images)
+        merged.instructions.extend(row.instructions)
     return merged
 
 
@@ -156,6 +160,7 @@ class RowBatch:
     images: unique pictures of the batch. image_index: [S] which of them fills each picture's place, row by row.
     image_inputs: pixels [U,3,H,W] or cached tokens [U,N,D] of the unique pictures, once `with_images` has run.
     num_tokens: positions that are no padding.
+    instructions: for each picture's place the text that a Q-Former reads beside it, [S]; None where it reads none.
     decoder_ids: [B,U], for an encoder-decoder; `labels` is then [B,U].
     """
 
@@ -168,6 +173,7 @@ class RowBatch:
     num_tokens: int
     image_inputs: Tensor | None = None
     decoder_ids: Tensor | None = None
+    instructions: TextBatch | None = None
 
     @property
     def num_labels(self) -> int:
@@ -186,7 +192,8 @@ class RowBatch:
     def to(self, device: torch.device | str) -> "RowBatch":
         """This batch on `device`."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        asked = self.instructions and self.instructions.to(device)
+        return replace(self, **moved, instructions=asked)
 
 
 def collate(rows: Sequence[Row]) -> RowBatch:
@@ -206,6 +213,7 @@ def collate(rows: Sequence[Row]) -> RowBatch:
         images=images,
         image_index=image_index,
         num_tokens=sum(map(len, rows)),
+        instructions=_batch([instruction for row in rows for instruction in row.instructions]),
     )
 
 
@@ -234,8 +242,17 @@ def collate_encoder_decoder(
         images=unique,
         image_index=image_index,
         num_tokens=sum(map(len, prompts)) + sum(map(len, answers)),
+        instructions=_batch(_instructions(texts, images)),
         decoder_ids=_padded([[start_id, *answer[:-1]] for answer in answers], width, 0),
     )
+
+
+def _instructions(texts: Sequence[TokenizedText], images: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
+    return [text.instruction for text, paths in zip(texts, images) for _ in paths if text.instruction]
+
+
+def _batch(instructions: Sequence[tuple[int, ...]]) -> TextBatch | None:
+    return TextBatch.of(instructions) if instructions else None
 
 
 def _padded(lists: Sequence[Sequence[int]], length: int, fill: int) -> Tensor:

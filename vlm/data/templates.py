@@ -39,6 +39,29 @@ TEMPLATES: dict[str, str] = {
         "{% elif m.role == 'assistant' %}{% generation %}"
         "{{ (' ' if ns.words else bos_token or '') + m.content + '\n' }}{% endgeneration %}{% endif %}{% endfor %}"
     ),
+    # BLIP-2 with T5: picture and user's words for the encoder, the answer for the decoder with its own end token.
+    "blip2_t5": (
+        "{% set ns = namespace(words='') %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.words = m.content.replace('<image>', '').strip() %}"
+        "{{ '<image>' * m.content.count('<image>') + ns.words }}"
+        "{% elif m.role == 'assistant' %}{% generation %}"
+        "{{ (' ' if ns.words else '') + m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    ),
+    # InstructBLIP with Vicuna: picture, start token, instruction, answer, end token.
+    "instructblip": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ '<image>' * m.content.count('<image>') }}"
+        "{{ (bos_token or '') if loop.first else ' ' }}{{ m.content.replace('<image>', '').strip() }}"
+        "{% elif m.role == 'assistant' %}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
+    ),
+    # MiniGPT-4, second stage: Vicuna v0's turns without its instructions, marks around the picture.
+    "minigpt4": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+        "{{ ('###' if loop.first or messages[loop.index0 - 1].role == 'system' else '') + 'Human: ' }}"
+        "{{ m.content.replace('<image>\n', '<image>').replace('<image>', '<Img><image></Img> ') + ' ###' }}"
+        "{% else %}{{ 'Assistant: ' }}{% generation %}{{ m.content + '###' }}{% endgeneration %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
     # Vicuna v0, of the first LLaVA, MiniGPT-4 and Multimodal-GPT: every turn ends in `###`.
     "vicuna_v0": (
         "{% if messages[0].role != 'system' %}{{ "

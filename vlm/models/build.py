@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlm.backbones.image import ImageEncoder, build_image_encoder
-from vlm.backbones.language import build_language_model
+from vlm.backbones.language import LanguageModel, build_language_model
 from vlm.backbones.pair import build_pair
 from vlm.bridges.dual_tower import DualTower
 from vlm.bridges.projection import Projection
@@ -25,7 +25,7 @@ from vlm.model_spec import (
     ImageEncoderSpec,
     LanguageModelSpec,
     ModelSpec,
-    QFormerBridgeSpec,
+    QFormerProjectionSpec,
     QFormerSpec,
 )
 from vlm.models.dual_encoder import DualEncoder
@@ -73,16 +73,34 @@ def build_model(
 
 def _generative(spec: GenerativeSpec, precision: str) -> GenerativeModel:
     language_model = build_language_model(spec.language_model, precision)
+    check_kind(spec, language_model)
     image_encoder = _image_encoder(spec.image_encoder, precision)
-    if isinstance(spec.bridge, QFormerBridgeSpec):
+    if isinstance(spec.bridge, QFormerProjectionSpec):
         reader = build_qformer_projection(spec.bridge, image_encoder.width, language_model.width)
-        return GenerativeModel(spec, image_encoder, reader, language_model)
+        instructions = qformer_tokenizer(spec.bridge) if spec.bridge.instruction else None
+        return GenerativeModel(spec, image_encoder, reader, language_model, instructions)
     bridge = Projection(
         spec.bridge, image_encoder.width, language_model.width, image_encoder.num_tokens, image_encoder.grid
     )
     if spec.bridge.match_embeddings:
         bridge.match_scale(language_model.embeddings.weight)
     return GenerativeModel(spec, image_encoder, bridge, language_model)
+
+
+# Templates that suit one kind of language model alone -> whether that is an encoder-decoder.
+_KIND_OF_TEMPLATE = {"blip2_opt": False, "instructblip": False, "blip2_t5": True}
+
+
+def check_kind(spec: GenerativeSpec, language_model: LanguageModel) -> None:
+    """Raise VlmError where template or options want the other kind of language model."""
+    is_t5 = language_model.is_encoder_decoder
+    told = f"{language_model.name} is {'an encoder-decoder' if is_t5 else 'decoder-only'}"
+    wanted = _KIND_OF_TEMPLATE.get(spec.template, is_t5)
+    if wanted != is_t5:
+        kind = "an encoder-decoder such as T5; use blip2_opt" if wanted else "a decoder-only model; use blip2_t5"
+        raise VlmError(f"model.template: {spec.template} is for {kind}: {told}")
+    if spec.split_captions and not is_t5:
+        raise VlmError(f"model.split_captions: only an encoder-decoder reads one part and says the other; {told}")
 
 
 def _dual_encoder(spec: DualEncoderSpec, precision: str) -> DualEncoder:

@@ -16,7 +16,7 @@ from vlm.data.records import IMAGE_PLACEHOLDER, Message
 from vlm.data.templates import render, resolve_template
 from vlm.data.transforms import ImageTransform
 from vlm.errors import VlmError
-from vlm.model_spec import ProjectionSpec, QFormerBridgeSpec
+from vlm.model_spec import ProjectionSpec, QFormerProjectionSpec
 from vlm.models.generative import GenerativeModel
 
 _SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
@@ -78,8 +78,8 @@ def _encoder_problems(model: GenerativeModel) -> Iterator[str]:
         yield "image_encoder.layer: -1, which has passed a norm here"
 
 
-def _bridge_problems(spec: ProjectionSpec | QFormerBridgeSpec) -> Iterator[str]:
-    if isinstance(spec, QFormerBridgeSpec):
+def _bridge_problems(spec: ProjectionSpec | QFormerProjectionSpec) -> Iterator[str]:
+    if isinstance(spec, QFormerProjectionSpec):
         yield "bridge.type: qformer (only an mlp of depth 2)"
         return
     if spec.reduce != "none":

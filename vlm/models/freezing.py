@@ -4,8 +4,9 @@ Frozen means eval mode, no gradient, and never written to a checkpoint.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,17 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters by logical name, on the CPU."""
-    return {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in named_trainable(model)}
+    """Trained parameters by logical name, on the CPU, and those of `keep_frozen`."""
+    kept: frozenset[str] = getattr(model, "kept", frozenset())
+    named = {logical_name(name): parameter for name, parameter in model.named_parameters()}
+    own = {name: parameter for name, parameter in named.items() if parameter.requires_grad or name in kept}
+    return {name: whole(parameter.detach()).cpu().contiguous() for name, parameter in own.items()}
+
+
+def keep_frozen(model: Any, names: Iterable[str]) -> None:
+    """Write these parameters with the trained ones: frozen, but not as their part's own name would load them."""
+    frozen = {logical_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    model.kept = frozenset(frozen & set(names))
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ class _Model(Protocol):
     language_model: LanguageModel
     image_tokens: int
 
-    def encode_pictures(self, images: Sequence[Any]) -> Tensor: ...
+    def encode_pictures(self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] = ()) -> Tensor: ...
 
 
 def picture_key(image: Any) -> Any:
@@ -47,7 +47,7 @@ def _chunks(prompts: Sequence[Prompt], chunk: int) -> Iterator[list[list[int]]]:
     """Lists of groups; a group holds the numbers of prompts about the same pictures."""
     by_pictures: dict[tuple[Any, ...], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        by_pictures.setdefault(tuple(map(picture_key, prompt.images)), []).append(i)
+        by_pictures.setdefault(tuple(_keys(prompt)), []).append(i)
     ready: list[list[int]] = []
     for group in by_pictures.values():
         for start in range(0, len(group), chunk):
@@ -60,15 +60,24 @@ def _chunks(prompts: Sequence[Prompt], chunk: int) -> Iterator[list[list[int]]]:
         yield ready
 
 
+def _keys(prompt: Prompt) -> list[tuple[Any, ...]]:
+    """What makes the tokens of a prompt's pictures: each picture, and the instruction that is read beside it."""
+    return [(picture_key(image), prompt.text.instruction) for image in prompt.images]
+
+
 def _generate_chunk(
     model: _Model, prompts: Sequence[Prompt], groups: list[list[int]], generation: dict[str, Any]
 ) -> list[str]:
     lm = model.language_model
     members = [i for group in groups for i in group]
-    pictures = {picture_key(image): image for i in members for image in prompts[i].images}
-    tokens = dict(zip(pictures, model.encode_pictures(list(pictures.values())))) if pictures else {}
+    shown = {
+        key: (image, prompts[i].text.instruction)
+        for i in members
+        for key, image in zip(_keys(prompts[i]), prompts[i].images)
+    }
+    tokens = dict(zip(shown, model.encode_pictures(*map(list, zip(*shown.values()))))) if shown else {}
     ids = {i: expand_slots(prompts[i].text, model.image_tokens).ids + lm.prompt_end for i in members}
-    embedded = {i: _embed(lm, ids[i], [tokens[picture_key(image)] for image in prompts[i].images]) for i in members}
+    embedded = {i: _embed(lm, ids[i], [tokens[key] for key in _keys(prompts[i])]) for i in members}
 
     # Beam search copies its inputs but not a cache given to it, so it takes the whole prompts.
     shares = any(len(group) > 1 for group in groups) and not lm.is_encoder_decoder

@@ -1,6 +1,7 @@
 """The generative model (LLaVA, BLIP-2's second stage): image encoder -> bridge -> language model."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor
 from vlm.backbones.image import ImageEncoder
 from vlm.backbones.language import LanguageModel
 from vlm.bridges.projection import Projection
+from vlm.bridges.qformer_init import QFormerTokenizer
 from vlm.bridges.qformer_projection import QFormerProjection
 from vlm.data.conversation import (
     IMAGE_SLOT,
     TokenizedText,
     fit_prompt,
+    stands_behind_picture,
     tokenize_conversation,
     tokenize_prompt_and_text,
 )
@@ -33,10 +36,12 @@ from vlm.data.packing import (
 )
 from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
 from vlm.data.samples import Sample, make_samples
+from vlm.data.splitting import split_text
 from vlm.data.stored_features import encode_pictures
 from vlm.data.templates import answer_end
+from vlm.data.text_batch import TextBatch
 from vlm.errors import VlmError
-from vlm.model_spec import GenerativeSpec
+from vlm.model_spec import GenerativeSpec, QFormerProjectionSpec
 from vlm.models.counting import operations_per_token
 from vlm.models.freezing import set_mode
 from vlm.models.generation import Prompt, generate_texts, picture_key
@@ -52,6 +57,7 @@ class GenerativeModel(TaskModel):
     """Image tokens spliced into a language model's prompt (Liu et al. 2023).
 
     image_tokens: how many tokens a picture takes in the prompt.
+    instruction_tokenizer: of a bridge whose queries read the instruction as well (InstructBLIP).
     """
 
     family = "generative"
@@ -62,6 +68,7 @@ class GenerativeModel(TaskModel):
         image_encoder: ImageEncoder,
         bridge: Projection | QFormerProjection,
         language_model: LanguageModel,
+        instruction_tokenizer: QFormerTokenizer | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -69,6 +76,7 @@ class GenerativeModel(TaskModel):
         self.bridge = bridge
         self.language_model = language_model
         self.image_tokens = bridge.num_tokens
+        self.instruction_tokenizer = instruction_tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -119,9 +127,19 @@ class GenerativeModel(TaskModel):
 
         Raises VlmError if cutting would hurt a picture or leave nothing to train on.
         """
-        text = tokenize_conversation(messages, self.spec.template, self.tokenizer)
+        text = self._instructed(tokenize_conversation(messages, self.spec.template, self.tokenizer), messages)
         limit = min(limit or self.language_model.context_length, self.language_model.context_length)
         return truncate(expand_slots(text, self.image_tokens), limit)
+
+    def _instructed(self, text: TokenizedText, messages: Sequence[Message]) -> TokenizedText:
+        """`text` with what the user says as the instruction, where the bridge reads one."""
+        if self.instruction_tokenizer is None:
+            return text
+        said = "\n".join(message.text for message in messages if message.role == "user")
+        words = " ".join(said.replace(IMAGE_PLACEHOLDER, " ").split())
+        assert isinstance(self.spec.bridge, QFormerProjectionSpec)
+        (ids,) = self.instruction_tokenizer.ids([words], self.spec.bridge.instruction_length)
+        return replace(text, instruction=tuple(ids))
 
     def question_messages(self, question: str, answer: str | None = None) -> list[Message]:
         """A question about a picture (and its answer) as a conversation."""
@@ -144,8 +162,13 @@ class GenerativeModel(TaskModel):
         if lm.is_encoder_decoder:
             texts = [text for sample, _ in samples for text in sample]
             images = [paths for sample, paths in samples for _ in sample]
+            if self.spec is not None and self.spec.split_captions and places:
+                parts = ((place, n) for (sample, _), place in zip(samples, places) for n in range(len(sample)))
+                texts = [split_text(text, self.tokenizer, draw) for text, draw in zip(texts, parts)]
             config = lm.network.config
             return collate_encoder_decoder(texts, images, config.decoder_start_token_id, config.eos_token_id)
+        if lm.takes_tree_masks and self.instruction_tokenizer is not None:  # a picture's tokens differ by instruction
+            return collate(pack([build_row([text], paths) for texts, paths in samples for text in texts]))
         if lm.takes_tree_masks:
             return collate(pack([build_row(texts, paths) for texts, paths in samples]))
         return collate([build_row([text], paths) for texts, paths in samples for text in texts])
@@ -176,13 +199,24 @@ class GenerativeModel(TaskModel):
         embeddings = self.language_model.embed(batch.ids)
         if batch.image_inputs is None:
             return embeddings
-        tokens = self.project(batch.image_inputs)  # [U, n, D]
-        filled = tokens[batch.image_index].flatten(0, 1).to(embeddings.dtype)  # [S*n, D]
+        if batch.instructions is None:
+            tokens = self.project(batch.image_inputs)[batch.image_index]  # [S, n, D]
+        else:
+            tokens = self.project_each(batch.image_inputs, batch.image_index.tolist(), batch.instructions)
+        filled = tokens.flatten(0, 1).to(embeddings.dtype)  # [S*n, D]
         return embeddings.masked_scatter((batch.ids == IMAGE_SLOT)[..., None], filled)
 
     def project(self, inputs: Tensor) -> Tensor:
         """Projected tokens [U,n,D] of pixels [U,3,H,W] or of cached image tokens [U,N,D]."""
-        return self.bridge(self.encode_pixels(inputs) if inputs.ndim == 4 else inputs)
+        return self.bridge(self._features(inputs))
+
+    def project_each(self, inputs: Tensor, slots: Sequence[int], instructions: TextBatch) -> Tensor:
+        """As `project`, [S,n,D]: instruction i is read beside the picture of number `slots[i]`."""
+        assert isinstance(self.bridge, QFormerProjection)
+        return self.bridge.read(self._features(inputs), slots, instructions)
+
+    def _features(self, inputs: Tensor) -> Tensor:
+        return self.encode_pixels(inputs) if inputs.ndim == 4 else inputs
 
     def picture_features(self) -> PictureFeatures | None:
         """What the feature cache keeps of a picture: its tokens [N,D]; nothing while the encoder learns."""
@@ -197,15 +231,30 @@ class GenerativeModel(TaskModel):
     # ---- tasks -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def encode_pictures(self, images: Sequence[Any]) -> Tensor:
-        """Projected tokens [B,n,D] of pictures (paths, PIL images or arrays), in chunks."""
+    def encode_pictures(self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Projected tokens [B,n,D] of pictures (paths, PIL images or arrays), in chunks.
+
+        instructions: token ids that a bridge which follows instructions reads, one for each picture. A picture that is
+        given several times is encoded once.
+        """
         features = self.picture_features()
+        unique = {picture_key(image): image for image in images}
+        number = {key: i for i, key in enumerate(unique)}
+        owners = [number[picture_key(image)] for image in images]
+        order: list[int] = []
         pieces = []
-        for start in range(0, len(images), ENCODER_CHUNK):
-            chunk = images[start : start + ENCODER_CHUNK]
-            inputs = self._pixels(list(chunk)) if features is None else encode_pictures(features, chunk)
-            pieces.append(self.project(inputs.to(self.device)))
-        return torch.cat(pieces)
+        for start in range(0, len(unique), ENCODER_CHUNK):
+            chunk = list(unique.values())[start : start + ENCODER_CHUNK]
+            inputs = self._pixels(chunk) if features is None else encode_pictures(features, chunk)
+            rows = [i for i, owner in enumerate(owners) if start <= owner < start + ENCODER_CHUNK]
+            slots = [owners[i] - start for i in rows]
+            if self.instruction_tokenizer is None:
+                pieces.append(self.project(inputs.to(self.device))[slots])
+            else:
+                asked = TextBatch.of([instructions[i] for i in rows], self.instruction_tokenizer.pad, self.device)
+                pieces.append(self.project_each(inputs.to(self.device), slots, asked))
+            order += rows
+        return torch.cat(pieces)[torch.tensor(order).argsort()]
 
     def answer(self, images: Any, questions: str | Sequence[str], **generation: Any) -> list[str]:
         """An answer to each question about its image.
@@ -237,7 +286,7 @@ class GenerativeModel(TaskModel):
         if prompt is None:
             prompts = [self._prompt(self.caption_messages(), (picture,), generation) for picture in pictures]
         else:
-            text = tokenize_prompt_and_text(prompt, "", self.tokenizer)
+            text = self._verbatim(prompt, "")
             prompts = [Prompt(self._fitted(text, generation, tail=0), (picture,)) for picture in pictures]
             _check_places(prompts)
         return self._generate(prompts, generation)
@@ -282,7 +331,7 @@ class GenerativeModel(TaskModel):
         lm = self.language_model
         rows = [
             truncate(
-                expand_slots(tokenize_prompt_and_text(prompt, text, self.tokenizer), self.image_tokens),
+                expand_slots(self._verbatim(prompt, text), self.image_tokens),
                 lm.context_length,
             )
             for prompt, text in zip(prompts, texts)
@@ -305,11 +354,22 @@ class GenerativeModel(TaskModel):
         rows: list[Row] = [build_row([text], paths) for text, paths in zip(texts, images)]
         return collate(rows)
 
+    def _verbatim(self, prompt: str, text: str) -> TokenizedText:
+        """A prompt that is taken as it is, and what follows it; the prompt is the instruction."""
+        tokens = tokenize_prompt_and_text(prompt, text, self.tokenizer, self._picture_first)
+        return self._instructed(tokens, [Message("user", prompt)])
+
+    @cached_property
+    def _picture_first(self) -> bool:
+        """Whether the start token stands behind the picture, as this model learned it."""
+        return stands_behind_picture(self.spec.template, self.tokenizer)
+
     def _pixels(self, pictures: list[Any]) -> Tensor:
         return torch.stack([self.image_encoder.transform.eval(load_image(p)) for p in pictures])
 
     def _prompt(self, turns: Sequence[Message], pictures: tuple[Any, ...], generation: dict[str, Any]) -> Prompt:
         text = tokenize_conversation(turns, self.spec.template, self.tokenizer, add_generation_prompt=True)
+        text = self._instructed(text, turns)
         prompt = Prompt(self._fitted(text, generation, tail=self._tail), pictures)
         _check_places([prompt])
         return prompt

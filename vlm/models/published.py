@@ -6,6 +6,7 @@ import torch
 
 from vlm.backbones.hf_loading import read_config
 from vlm.errors import VlmError, did_you_mean
+from vlm.models.published_blip2 import load_blip2
 from vlm.models.published_dual_encoder import load_dual_encoder
 from vlm.models.published_llava import load_llava
 from vlm.models.tasks import TaskModel
@@ -17,6 +18,8 @@ Loader = Callable[[str, str | torch.device | None, str], TaskModel]
 PUBLISHED: dict[str, Loader] = {
     "clip": load_dual_encoder,
     "siglip": load_dual_encoder,
+    "blip-2": load_blip2,
+    "instructblip": load_blip2,
     "llava": load_llava,
     "llava_llama": load_llava,
     "llava_mistral": load_llava,

@@ -36,6 +36,7 @@ class QFormerModel(TaskModel):
     """Li et al. 2023 (BLIP-2), section 3.1."""
 
     family = "Q-Former"
+    has_word_head = True  # a published one may have none
 
     def __init__(
         self,
@@ -311,6 +312,8 @@ class QFormerModel(TaskModel):
         """
         from vlm.models.qformer_generation import generate_ids
 
+        if not self.has_word_head:
+            raise UnsupportedTask(f"{self.spec.bridge.init} has no head that says words: it cannot `caption`")
         opening = [self.tokenizer.start]
         if prompt:
             opening += self.tokenizer.ids([prompt], self.spec.text_length)[0][1:-1]  # without [CLS] and [SEP]

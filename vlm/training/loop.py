@@ -80,7 +80,7 @@ class Trainer:
 
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
-            self.report.say(start_from(self.model, Path(recipe.init_from).expanduser()))
+            self.report.say(start_from(self.model, recipe.init_from))
         if recipe.train.cpu_offload:
             check_offload(self.device)
         if recipe.train.gradient_checkpointing:

@@ -1,6 +1,7 @@
 """AdamW with parameter groups, and the learning rate over time."""
 
 import math
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -23,19 +24,39 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
         if not any(fnmatchcase(name, pattern) for name, _ in named):
             hint = did_you_mean(pattern, (name for name, _ in named))
             raise VlmError(f"optimizer.groups: {pattern!r} matches nothing that trains{hint}")
+    depth = 1 + max((int(found[1]) for name, _ in named if (found := _IMAGE_LAYER.match(name))), default=-1)
+    if section.image_layer_decay != 1 and not depth:
+        raise VlmError("optimizer.image_layer_decay: no layer of the image encoder learns: name it in `trainable`")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         lr = next((value for pattern, value in section.groups.items() if fnmatchcase(name, pattern)), section.lr)
+        lr *= section.image_layer_decay ** layers_behind(name, depth)
         decay = section.weight_decay if parameter.ndim > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda item: item[0][0] != section.lr)  # the first one's rate is logged
     return torch.optim.AdamW(
-        [
-            {"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay}
-            for (lr, decay), members in groups.items()
-        ],
+        [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay), members in ordered],
         betas=section.betas,
         eps=section.eps,
     )
+
+
+# A layer of an image encoder, by the names that timm, open_clip and transformers give their lists of layers.
+_IMAGE_LAYER = re.compile(r"image_encoder\.(?:.*\.)?(?:blocks|layers?|resblocks|stages)\.(\d+)\.")
+_EMBEDDING = re.compile(r"embed|cls_token|reg_token|pos_|conv1|ln_pre|pre_layrnorm|stem")
+
+
+def layers_behind(name: str, depth: int) -> int:
+    """How many layers of an image encoder of `depth` layers stand behind a parameter; 0 for one of another part.
+
+    The heads of the model count as one layer behind all, so the last has one and the embeddings all and one (Bao et al.
+    2021, BEiT; as BLIP-2's code counts).
+    """
+    if not name.startswith("image_encoder."):
+        return 0
+    if found := _IMAGE_LAYER.match(name):
+        return depth - int(found[1])
+    return depth + 1 if _EMBEDDING.search(name) else 1
 
 
 def schedule_factor(section: ScheduleSection, step: int, steps: int) -> float:

@@ -1,6 +1,7 @@
 """Where batches come from: samples of all data sources, in an order that depends on seed and step alone."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -152,11 +153,15 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     weights = [spec.weight for spec in section.train if spec.weight is not None]
     if weights and len(weights) < len(section.train):
         raise VlmError("data.train: give every source a weight, or none")
+    if weights and section.sampling == "sqrt":
+        raise VlmError("data.sampling: sqrt: leave out the weights of data.train, or set it to size")
     loaded = [_load(model, spec, log) for spec in section.train]
     sources = [samples for samples, _ in loaded]
     shards = [samples.sizes if isinstance(samples, ShardedSamples) else None for samples in sources]
     if section.group_by_modality_length and any(shards):
         raise VlmError("data.group_by_modality_length: shards are read in the order they lie in; set it to false")
+    if section.sampling == "sqrt":
+        weights = [math.sqrt(len(samples)) for samples in sources]  # Dai et al. 2023 (InstructBLIP), section 2.2
     order = MixtureOrder([len(s) for s in sources], weights or None, seed, shards, section.shuffle_buffer)
 
     source = SampleSource(model, section, sources, order, _pixels(model.image_encoder, section, seed), log)

@@ -1,10 +1,11 @@
-"""COCO captions in the three layouts they are passed around in, and pictures where COCO's archives put them.
+"""COCO captions in the layouts they are passed around in, and pictures where COCO's archives put them.
 
 - official (Chen et al. 2015): `{images: [{id, file_name}], annotations: [{image_id, caption}]}`; test files have no
   annotations
 - Karpathy's `dataset_coco.json`, `dataset_flickr30k.json` (Karpathy and Fei-Fei 2015): `{images: [{filename, split,
   sentences: [{raw}], filepath?, cocoid?}]}`
 - BLIP's and LAVIS's lists: `[{image, caption, image_id?}]`, in training files an entry for each caption
+- MiniGPT-4's `filter_cap.json`: `{annotations: [{image_id, caption}]}`, with the picture in `IMAGE_ID.jpg`
 """
 
 import os
@@ -36,6 +37,8 @@ def read_coco_captions(path: Path, split: str, images: Path | None) -> Iterator[
 def coco_entries(file: Path, content: Any, split: str, folder: Path) -> Iterator[Entry]:
     """The same of a file that is already read."""
     place = picture_place(folder)
+    if isinstance(content, dict) and "images" not in content and isinstance(content.get("annotations"), list):
+        content = [_minigpt4(item) for item in content["annotations"]]
     if isinstance(content, list):
         yield from _list(file, content, place)
         return
@@ -46,6 +49,10 @@ def coco_entries(file: Path, content: Any, split: str, folder: Path) -> Iterator
         yield from _karpathy(file, pictures, split, place)
     else:
         yield from _official(file, pictures, content.get("annotations"), place)
+
+
+def _minigpt4(item: Any) -> Any:
+    return {**item, "image": f"{item['image_id']}.jpg"} if isinstance(item, dict) and "image_id" in item else item
 
 
 def coco_number(name: str) -> int | None:
