@@ -286,7 +286,7 @@ def all_sections() -> list[Any]:
             if shared and len({s for p, _, s in found if p == path}) > 1:  # one of several kinds of bridge
                 family, shared = schema.model_fields["type"].default, False
             rivals = [s for p, f, s in found if (p, f) == (path, family)]
-            if not shared and schema is not rivals[0]:  # two kinds of bridge in one family
+            if not shared and schema is not rivals[-1]:  # another kind of bridge; unions come from their end
                 family += f", {schema.model_fields['type'].default}"
             heading = path if shared or not family else f"{path} ({family})"
             result[heading] = pytest.param(page, heading, schema, id=f"{page}-{heading}")
