@@ -36,6 +36,7 @@ class Stage2:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM
 
+        self.folder = folder
         self.config = json.loads((folder / "config.json").read_text())
         self.told = json.loads((folder / "expected.json").read_text())
         self.inputs, self.expected = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
@@ -110,3 +111,24 @@ def test_greedy_captions(stage2: Stage2, suffix: str) -> None:
     embedded = torch.cat([prefix, stage2.language.embed(ids)], 1).detach()
     told = stage2.language.generate(embedded, torch.ones(embedded.shape[:2]), eos_token_id=5, max_new_tokens=8)
     assert told == stage2.told[f"caption_greedy{suffix}"]
+
+
+class Ids(Words):
+    """Decodes to the ids themselves, up to the end token."""
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        told = [int(i) for i in ids]
+        return " ".join(map(str, told[: told.index(5) + 1] if 5 in told else told))
+
+
+@pytest.mark.parametrize("suffix", ["", "_prompt"])
+def test_beam_ids(stage2: Stage2, suffix: str) -> None:
+    """By the convention of transformers 5: scores are divided by the generated tokens with the end token."""
+    told = json.loads((stage2.folder / "expected_beam_hf5.json").read_text())[f"beam3{suffix}"]
+    stage2.language.tokenizer = Ids()
+    prefix = stage2.model.project(stage2.inputs["image_tokens"])
+    ids = stage2.inputs["gen_prompt_ids"] if suffix else torch.full((len(prefix), 1), 2)
+    embedded = torch.cat([prefix, stage2.language.embed(ids)], 1).detach()
+    options = {"eos_token_id": 5, "max_new_tokens": 8, "num_beams": 3}
+    found = stage2.language.generate(embedded, torch.ones(embedded.shape[:2]), **options)
+    assert found == [" ".join(map(str, row["new_ids"])) for row in told]
