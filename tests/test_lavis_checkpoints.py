@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from test_published_blip2 import tiny_vision
 from test_qformer_model import qformer_spec
 from tiny_models import randomize, tiny_bert
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from vlm import VlmError, load_model
@@ -298,7 +300,10 @@ def test_a_file_with_lavis_own_weights_gives_its_numbers(tmp_path: Path, folder:
     config = json.loads((folder / "config.json").read_text())
     sizes = {key: config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     sizes |= {key: config[key] for key in ("intermediate_size", "max_position_embeddings")}
-    tiny_bert(tmp_path / "bert")
+    words = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "cat"])}
+    t.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")), pad_token="[PAD]", sep_token="[SEP]"
+    ).save_pretrained(tmp_path / "bert")
     randomize(t.BertModel(t.BertConfig(**sizes, vocab_size=config["vocab_size"] - 1))).save_pretrained(
         tmp_path / "bert"
     )
@@ -328,7 +333,6 @@ def test_a_file_with_lavis_own_weights_gives_its_numbers(tmp_path: Path, folder:
     file = written(tmp_path / "lavis.pth", load_file(folder / "qformer_lavis.safetensors"), spec)
     model = load_model(file, "cpu", "fp32")
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-    tokens = next(value for key, value in inputs.items() if key in ("image", "image_tokens"))
     with torch.no_grad():
-        found = model.heads.embed_queries(model.bridge.queries(model.bridge.image(tokens)).states)
+        found = model.heads.embed_queries(model.bridge.queries(model.bridge.image(inputs["image_tokens"])).states)
     torch.testing.assert_close(found, expected["image_feats"], atol=1e-4, rtol=0)

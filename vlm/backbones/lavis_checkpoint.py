@@ -62,7 +62,8 @@ def read_lavis(path: Path) -> LavisCheckpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle.UnpicklingError, and whatever a torn file raises
-        raise VlmError(f"{path}: cannot be read as tensors alone: {str(error).strip().splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise VlmError(f"{path}: cannot be read as tensors alone: {reason}") from error
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise VlmError(f"{path}: is no checkpoint of LAVIS: expected tensors under the key `model`")
