@@ -275,7 +275,7 @@ def test_a_file_that_does_not_fit_is_refused(
 def test_a_file_for_another_image_encoder_is_refused(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     state = lavis_keys(stage_two(tiny_folder, "opt"))
     state["ln_vision.weight"], state["ln_vision.bias"] = torch.ones(48), torch.zeros(48)
-    with pytest.raises(VlmError, match=r"shapes differ for bridge\.image_norm\.\w+ .*\(\(48,\) there, \(24,\)"):
+    with pytest.raises(VlmError, match=r"shapes differ for bridge\.image_norm.*\(\(48,\) there, \(24,\)"):
         starting(tiny_folder, tmp_path, stage_two(tiny_folder, "opt"), written(tmp_path / "wide.pth", state))
 
 
