@@ -42,7 +42,7 @@ def test_answers_are_the_same_alone_batched_and_about_one_picture(model: Generat
         assert together == [model.answer(p, q, max_new_tokens=6)[0] for p, q in zip(paths, QUESTIONS)]
     scores = model.score(images, ["a", "b cat", "c"], QUESTIONS)
     alone = [model.score(p, t, q) for p, t, q in zip(images, ["a", "b cat", "c"], QUESTIONS)]
-    torch.testing.assert_close(scores, torch.cat(alone))
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_the_picture_becomes_other_tokens_for_another_question(model: GenerativeModel, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_picture_becomes_other_tokens_for_another_question(model: Generative
     asked = [model.tokenize(model.question_messages(question, "yes")).instruction for question in QUESTIONS[:2]]
     tokens = model.encode_pictures([image, image], asked)
     assert (tokens[0] - tokens[1]).abs().max() > 1e-3
-    torch.testing.assert_close(tokens[:1], model.encode_pictures([image], asked[:1]))
+    torch.testing.assert_close(tokens[:1], model.encode_pictures([image], asked[:1]), rtol=1e-4, atol=1e-4)
 
 
 def test_each_picture_is_encoded_once(model: GenerativeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_only_the_answer_carries_loss_and_packed_rows_equal_single_ones(model: G
         return torch.nn.functional.cross_entropy(model.word_logits(states), labels, reduction="sum")
 
     apart = sum(sum_of([([text], paths)]) for texts_, paths in samples for text in texts_)
-    torch.testing.assert_close(sum_of(samples), apart, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sum_of(samples), apart, rtol=1e-4, atol=1e-4)
 
 
 def test_a_long_instruction_is_cut(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
