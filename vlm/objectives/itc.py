@@ -67,9 +67,7 @@ def sigmoid_itc_loss(
     offset = torch.as_tensor(bias, dtype=batch.image.dtype, device=image.device)
     with torch.autocast(image.device.type, enabled=False):
         # -log sigmoid(x) = softplus(x) - x and -log sigmoid(-x) = softplus(x).
-        every = streamed_softplus(
-            batch.image, batch.texts, batch.scale, offset, block or default_block(image.device)
-        ).sum()
+        every = streamed_softplus(batch.image, batch.texts, batch.scale, offset, block or default_block(image.device))
         return every - (batch.image * batch.positives()).sum() * batch.scale - batch.num_positives().sum() * offset
 
 

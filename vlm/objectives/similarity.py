@@ -1,7 +1,8 @@
 """Reductions of a similarity matrix that never exists as a whole: memory grows with the batch, not with its square.
 
-The matrix is S = scale * image @ text.T [N,M]. It is computed tile by tile in the forward pass and again in the
-backward pass: one matrix product forward and three backward.
+The matrix is S = scale * image @ text.T [N,M], computed tile by tile. A logsumexp needs all of it before any gradient
+is known, so its tiles are computed again in the backward pass: one matrix product forward and three backward. A sum of
+softplus does not: value and gradients come of the same tile, three products in all.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,9 +32,9 @@ def streamed_logsumexp(image: Tensor, text: Tensor, scale: Tensor, block: int) -
 
 
 def streamed_softplus(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, block: int) -> Tensor:
-    """Sum of softplus(S + bias) over the columns [N]. Differentiable once, in all four."""
-    rows: Tensor = _Softplus.apply(image, text, scale, bias, block)
-    return rows
+    """Sum of softplus(S + bias) over all pairs, a scalar. Differentiable once, in all four."""
+    total: Tensor = _Softplus.apply(image, text, scale, bias, block, torch.is_grad_enabled())
+    return total
 
 
 def _outside_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,31 +78,31 @@ class _Logsumexp(torch.autograd.Function):
 class _Softplus(torch.autograd.Function):
     @staticmethod
     @_outside_autocast
-    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, block: int) -> Tensor:
+    def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, block: int, learns: bool) -> Tensor:
         rows = image.new_zeros(len(image))
-        for (r, _), tile in _tiles(image, text, scale, block):
-            rows[r] += F.softplus(tile.add_(bias)).sum(1)
-        ctx.save_for_backward(image, text, scale, bias)
-        ctx.block = block
-        return rows
+        of_bias = torch.zeros_like(bias)
+
+        def gradient(place: Pair, tile: Tensor) -> Tensor:
+            rows[place[0]] += F.softplus(tile.add_(bias)).sum(1)
+            result = tile.sigmoid_()
+            of_bias.add_(result.sum())
+            return result
+
+        needs = ctx.needs_input_grad[:4] if learns else (False,) * 4
+        found: tuple[Tensor | None, ...] = (None, None, None)
+        if any(needs[:3]):
+            found = _gradients(image, text, scale, block, needs[:3], gradient)
+        else:
+            for place, tile in _tiles(image, text, scale, block):
+                gradient(place, tile)
+        ctx.save_for_backward(*found, of_bias if needs[3] else None)
+        return rows.sum()
 
     @staticmethod
     @once_differentiable
     @_outside_autocast
-    def backward(ctx: Any, of_rows: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, bias = ctx.saved_tensors
-        of_bias = torch.zeros_like(bias)
-
-        def gradient(place: Pair, tile: Tensor) -> Tensor:
-            result = tile.add_(bias).sigmoid_().mul_(of_rows[place[0], None])
-            of_bias.add_(result.sum())
-            return result
-
-        needs = ctx.needs_input_grad
-        if not any(needs[:3]) and needs[3]:
-            for place, tile in _tiles(image, text, scale, ctx.block):
-                gradient(place, tile)
-        return (*_gradients(image, text, scale, ctx.block, needs[:3], gradient), of_bias if needs[3] else None, None)
+    def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if found is None else found * of_total for found in ctx.saved_tensors), None, None)
 
 
 def _blocks(count: int, block: int) -> list[slice]:
