@@ -201,7 +201,7 @@ def test_quickstart_trains_scores_and_shows_each_family(tmp_path: Path, monkeypa
     scores: list[tuple] = []
     for stage in quickstart.STAGES:
         expected += [(name, ["train.steps=3"], False) for name in stage.recipes]
-        score: list[tuple] = [([stage.benchmark], f"runs/{stage.recipes[-1]}", 5)]
+        score: list[tuple] = [([name], f"runs/{stage.recipes[-1]}", 5) for name in stage.benchmarks]
         score += [("show", Path(f"runs/{stage.recipes[-1]}"))] if stage.show else []
         expected += score
         scores += score

@@ -15,10 +15,10 @@ LABELS = ("an animal", "a vehicle", "food", "a face", "a flag", "a plant")
 
 @dataclass(frozen=True)
 class Stage:
-    """Recipes that follow each other, the benchmark that scores the last one, and what is shown of it then."""
+    """Recipes that follow each other, the benchmarks that score the last one, and what is shown of it then."""
 
     recipes: tuple[str, ...]
-    benchmark: str
+    benchmarks: tuple[str, ...]
     show: Callable[[Path], None] | None = None
 
 
@@ -41,8 +41,9 @@ def quickstart(
             return
         from vlm.cli.eval import evaluate
 
-        with _timed(minutes, f"vlm-eval {stage.benchmark}", f" --model {folder}"):
-            evaluate([stage.benchmark], model=str(folder), limit=limit)
+        for benchmark in stage.benchmarks:
+            with _timed(minutes, f"vlm-eval {benchmark} --model {folder}"):
+                evaluate([benchmark], model=str(folder), limit=limit)
         if stage.show is not None:
             stage.show(folder)
     typer.echo("minutes: " + ", ".join(f"{what} {spent:.1f}" for what, spent in minutes.items()))
@@ -94,6 +95,8 @@ def _show_retrieval(folder: Path) -> None:
 
 
 STAGES = (
-    Stage(("starter/clip_openmoji",), "openmoji_retrieval", _show_retrieval),
-    Stage(("starter/llava_pretrain", "starter/llava_finetune"), "easy_vqa"),
+    Stage(("starter/clip_openmoji",), ("openmoji_retrieval",), _show_retrieval),
+    Stage(("starter/llava_pretrain", "starter/llava_finetune"), ("easy_vqa",)),
+    Stage(("starter/blip2_stage1",), ("openmoji_retrieval", "easy_vqa_matching")),
+    Stage(("starter/blip2_stage2",), ("easy_vqa_captions",)),
 )
