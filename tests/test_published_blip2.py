@@ -178,3 +178,14 @@ def test_a_published_bridge_of_other_sizes_is_refused(
 
     with pytest.raises(VlmError, match=error):
         build_model(GenerativeSpec.model_validate(spec), device="cpu", precision="fp32")
+
+
+def test_a_vocabulary_projection_of_its_own_is_kept(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Flan-T5 does not tie it to the embeddings."""
+    folder = copy_of(tiny_folder(tiny_blip2, "t5"), tmp_path / "copy")
+    own = torch.randn(640, 32, generator=torch.Generator().manual_seed(5)) / 4
+    changed(folder, lambda state: state.update({"language_model.lm_head.weight": own}))
+    ours, (image,) = load_model(folder, "cpu", "fp32"), pictures(tmp_path, 1)
+    torch.testing.assert_close(ours.language_model.network.get_output_embeddings().weight, own)
+    expected = Theirs(folder).score(image, PROMPTS[0], TEXTS[0])
+    torch.testing.assert_close(ours.score(image, TEXTS[0], PROMPTS[0])[0], expected, rtol=1e-4, atol=1e-4)
