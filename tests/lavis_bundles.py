@@ -1,7 +1,6 @@
 """What LAVIS 1.0.2 computed on random weights (the bundles `$VLM_ORACLES/lavis/*`), and our Q-Former with the same."""
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import ORACLES
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,13 +20,27 @@ from vlm.data.text_batch import TextBatch
 
 
 def bundles(kind: str) -> list[Any]:
-    """The folders `lavis/KIND_*` of VLM_ORACLES (by default `../shared/oracles`), or one parameter that skips."""
-    root = os.environ.get("VLM_ORACLES") or Path(__file__).resolve().parents[2] / "shared" / "oracles"
-    found = sorted(Path(root, "lavis").glob(f"{kind}_*"))
+    """The folders `lavis/KIND_*` of VLM_ORACLES or one parameter that skips."""
+    found = sorted((ORACLES / "lavis").glob(f"{kind}_*"))
     if not found:
         why = pytest.mark.skip(reason=f"set VLM_ORACLES to the folder that holds lavis/{kind}_*")
         return [pytest.param(None, marks=why, id="none")]
     return [pytest.param(folder, id=folder.name) for folder in found]
+
+
+def lavis_sizes(config: dict[str, Any], vocabulary: int, positions: int) -> QFormerSizes:
+    """Our sizes of the Q-Former that LAVIS' configuration describes."""
+    return QFormerSizes(
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        num_queries=config["num_query_tokens"],
+        image_width=config["encoder_width"],
+        vocabulary=vocabulary,
+        positions=positions,
+        cross_attention_every=config["cross_attention_freq"],
+    )
 
 
 @dataclass(frozen=True)
@@ -57,18 +71,7 @@ class Bundle:
 
     @property
     def sizes(self) -> QFormerSizes:
-        c = self.config
-        return QFormerSizes(
-            width=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            ffn=c["intermediate_size"],
-            num_queries=c["num_query_tokens"],
-            image_width=c["encoder_width"],
-            vocabulary=c["vocab_size"],
-            positions=c["max_position_embeddings"],
-            cross_attention_every=c["cross_attention_freq"],
-        )
+        return lavis_sizes(self.config, self.config["vocab_size"], self.config["max_position_embeddings"])
 
     def qformer(self, dtype: torch.dtype = torch.float32) -> tuple[QFormer, QFormerHeads]:
         """Bridge and heads with LAVIS' weights, every key used."""

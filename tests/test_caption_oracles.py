@@ -3,19 +3,18 @@
 import gzip
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import ORACLES
 
 from vlm.evaluation.captioning import DEFAULT_METRICS, CaptionScores, caption_scores
 from vlm.evaluation.coco_java import java_ptb_tokenize
 from vlm.evaluation.ptb import PUNCTUATION, ptb_tokenize
 
-_ORACLES = Path(os.environ.get("VLM_ORACLES", Path(__file__).parents[2] / "shared" / "oracles"))
-_CAPTIONS = _ORACLES / "captions"
+_CAPTIONS = ORACLES / "captions"
 _BUNDLES = sorted(p for p in _CAPTIONS.iterdir() if p.is_dir()) if _CAPTIONS.is_dir() else []
 bundles = pytest.mark.parametrize("bundle", _BUNDLES, ids=[b.name for b in _BUNDLES])
 
@@ -82,7 +81,7 @@ def test_scores_with_java_are_the_official_ones(bundle: Path) -> None:
 
 
 def _tokenised() -> list[list[str]]:
-    file = _ORACLES / "ptb" / "captions.jsonl.gz"
+    file = ORACLES / "ptb" / "captions.jsonl.gz"
     if not file.is_file():
         pytest.skip(f"no {file}; set VLM_ORACLES to the folder of the oracles")
     with gzip.open(file, "rt", encoding="utf-8") as lines:
@@ -96,7 +95,7 @@ def test_words_are_corenlps_on_nearly_every_caption() -> None:
 
 
 def test_words_are_corenlps_on_every_edge_case() -> None:
-    file = _ORACLES / "ptb" / "edge_cases.json"
+    file = ORACLES / "ptb" / "edge_cases.json"
     if not file.is_file():
         pytest.skip(f"no {file}; set VLM_ORACLES to the folder of the oracles")
     cases = _read(file)
@@ -104,7 +103,7 @@ def test_words_are_corenlps_on_every_edge_case() -> None:
 
 
 def test_the_signs_dropped_are_the_official_ones_that_can_occur() -> None:
-    file = _ORACLES / "ptb" / "punctuations.json"
+    file = ORACLES / "ptb" / "punctuations.json"
     if not file.is_file():
         pytest.skip(f"no {file}; set VLM_ORACLES to the folder of the oracles")
     assert {sign for sign in _read(file) if not sign.endswith("B-")} == PUNCTUATION

@@ -1,12 +1,12 @@
 """The task `caption`: models and official files of predictions, on annotations in COCO's and VQA's own layouts."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles import ORACLES
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -16,7 +16,6 @@ from vlm.evaluation import bootstrap_interval, caption_scores, evaluate
 from vlm.evaluation.captioning import bleu_of_parts
 from vlm.evaluation.intervals import Parts
 
-ORACLES = Path(os.environ.get("VLM_ORACLES", Path(__file__).parents[2] / "shared" / "oracles"))
 CAPTIONS = {1: ["A red dog.", "a dog, red"], 2: ["Two cats sleep.", "cats on a bed"], 3: ["a green tree", "one tree"]}
 
 

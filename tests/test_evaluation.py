@@ -1,84 +1,32 @@
-"""The evaluator: runner, files, report, intervals, baselines and the command."""
+"""The evaluator: runner, predictions from a file, report."""
 
 import json
-import re
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_parts import HOSTILE, FakeDataset, FakeModel, read_lines, toy_benchmark, toy_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from typer.testing import CliRunner
 
-from vlm.cli.errors import one_line_errors
-from vlm.cli.eval import app
-from vlm.data.images import load_image
 from vlm.data.parsing import BrokenRecord
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
-from vlm.evaluation import bootstrap_interval, evaluate, load_benchmark, vqa_accuracy
-from vlm.evaluation.baselines import blind_baselines
+from vlm.evaluation import evaluate
 from vlm.evaluation.report import render_report
 from vlm.evaluation.sharing import in_batches
-from vlm.paths import yaml_names
-
-HOSTILE = "<script>alert('x')</script> & \"what\" colour?"
-
-
-class FakeModel:
-    """Answers "red" to everything, opens every picture, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str], list[str], dict[str, Any]]] = []
-
-    def answer(self, images: list[str], questions: list[str], **decoding: Any) -> list[str]:
-        self.calls.append((list(images), list(questions), decoding))
-        for image in images:
-            load_image(image)
-        return ["red"] * len(questions)
-
-
-@dataclass
-class FakeDataset:
-    records: list[Record]
-    broken: list[BrokenRecord] = field(default_factory=list)
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[Record]:
-    """Three pictures, two questions each: half of the answers are "red"."""
-    made = []
-    for number, colour in enumerate(("red", "blue", "green")):
-        path = tmp_path / f"{number}.png"
-        Image.new("RGB", (64, 64), colour).save(path)
-        for turn, (question, answer) in enumerate([("which colour?", colour), (HOSTILE, "red" if number else "teal")]):
-            meta = {"question_type": "colour" if turn == 0 else "odd", "answer_type": "other"}
-            made.append(Record(f"{turn}-{number}", (str(path),), question=question, answers=(answer,), meta=meta))
-    return sorted(made, key=lambda record: record.id)  # the questions of a picture lie apart
+    return toy_records(tmp_path)
 
 
 @pytest.fixture
 def benchmark(records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A benchmark file over `records`, whose training split is the same records."""
-    monkeypatch.setattr("vlm.data.catalogue.load_dataset", lambda name, split, **options: FakeDataset(records))
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "toy.yaml"
-    path.write_text(
-        "name: toy\ndataset: toy\nprompt: 'Q: {question}'\ndecoding: {max_new_tokens: 3}\n"
-        "protocol: exact\nalso: [official]\nbaselines: train\n"
-        "published: [{model: 'A <b>', score: 50.5, source: 'a paper, table 1'}]\n"
-    )
-    return str(path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return toy_benchmark(records, tmp_path, monkeypatch)
 
 
 # --- the runner ---
@@ -325,219 +273,3 @@ def test_the_report_of_many_pictures_prefers_wrong_ones_and_says_how_many(
     assert "Shown: 300 of 400 pictures, 300 of 400 questions" in html
     assert html.count('class="q wrong"') == 200
     assert len(html) < 5_000_000
-
-
-# --- scores, intervals, baselines ---
-
-
-def test_predictions_by_id_must_be_about_the_same_questions() -> None:
-    annotations = [{"question_id": 1, "answers": [{"answer": "red", "answer_id": n} for n in range(10)]}]
-    assert vqa_accuracy({1: "red"}, annotations).accuracy == 100
-    with pytest.raises(VlmError, match=r"1 missing \(1\); 1 unknown \(2\)"):
-        vqa_accuracy({2: "red"}, annotations)
-    with pytest.raises(VlmError, match="2 predictions for 1 questions"):
-        vqa_accuracy(["red", "blue"], [["red"]])
-    with pytest.raises(VlmError, match="did you mean 'official'"):
-        vqa_accuracy(["red"], [["red"]], protocol="oficial")
-
-
-def test_equal_records_without_ids_exclude_each_other() -> None:
-    texts = ["red"] * 3 + ["blue"] * 7
-    with_ids = [{"answers": [{"answer": text, "answer_id": n} for n, text in enumerate(texts)]}]
-    without = [{"answers": [{"answer": text} for text in texts]}]
-    assert vqa_accuracy(["red"], with_ids).accuracy == pytest.approx(90)
-    assert vqa_accuracy(["red"], without).accuracy == pytest.approx(70)  # the three red ones see no other red one
-    assert vqa_accuracy(["red"], without, "evalai").accuracy == pytest.approx(90)
-
-
-def test_no_prediction_is_wrong_even_where_an_empty_answer_is_right() -> None:
-    assert vqa_accuracy([""], [[""] * 10]).accuracy == 100
-    assert vqa_accuracy([None], [[""] * 10]).accuracy == 0
-    assert vqa_accuracy([None], [[""]], "exact").accuracy == 0
-
-
-def test_fewer_than_ten_answers_are_scored_by_the_same_rule() -> None:
-    assert vqa_accuracy(["red"], [["red", "red"]]).accuracy == pytest.approx(100 / 3)  # each sees one other
-    assert vqa_accuracy(["red"], [["red"] * 4 + ["blue"]]).accuracy == pytest.approx(100)
-    assert vqa_accuracy(["red"], [["red", "blue", "green"]]).accuracy == pytest.approx(100 * (0 + 1 / 3 + 1 / 3) / 3)
-    with pytest.raises(VlmError, match="must be a list that is not empty"):
-        vqa_accuracy(["red"], [[]])
-
-
-def test_a_single_answer_stands_for_ten_that_agree() -> None:
-    for protocol in ("official", "official-2017", "lmms", "evalai", "exact"):
-        assert vqa_accuracy(["teal", "red"], [["teal"], ["teal"]], protocol).accuracy == 50
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.text(max_size=12), st.lists(st.text(max_size=12), min_size=1, max_size=10))
-def test_scores_lie_between_0_and_1_for_any_text(prediction: str, answers: list[str]) -> None:
-    for protocol in ("official", "official-2017", "lmms", "evalai", "exact"):
-        (score,) = vqa_accuracy([prediction], [answers], protocol).per_sample
-        assert 0 <= score <= 1
-
-
-def test_the_interval_covers_the_mean_and_widens_with_clusters() -> None:
-    values = np.repeat(np.random.default_rng(1).integers(0, 2, 200), 5).astype(float)  # five equal answers a picture
-    alone = bootstrap_interval(values, list(range(1000)))
-    clustered = bootstrap_interval(values, [n // 5 for n in range(1000)])
-    assert alone[0] < values.mean() < alone[1]
-    # The standard error of the mean, with 1000 and with 200 independent values.
-    for (low, high), independent in ((alone, 1000), (clustered, 200)):
-        assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(independent), rel=0.15)
-    assert clustered == bootstrap_interval(values, [n // 5 for n in range(1000)])
-    assert bootstrap_interval([1.0, 1.0], ["a", "b"]) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_interval([], [])
-
-
-def test_blind_baselines_learn_the_answers_of_training() -> None:
-    training = [
-        Record("1", question="which?", answers=("red", "red", "blue")),
-        Record("2", question="how many?", answers=("2",)),
-        Record("3", question="Which? ", answers=("red",)),
-    ]
-    guesses = blind_baselines(training, ["which?", "HOW many?", "why?"])
-    assert guesses == {"majority": ["red"] * 3, "per_question": ["red", "2", "red"]}
-    with pytest.raises(VlmError, match="no questions with answers"):
-        blind_baselines([Record("1", captions=("a dog",))], ["why?"])
-
-
-@pytest.mark.starter
-def test_blind_baselines_on_easy_vqa_have_their_known_scores() -> None:
-    from vlm.data.catalogue import load_dataset
-
-    test = load_dataset("easy_vqa", "test").records
-    guesses = blind_baselines(load_dataset("easy_vqa", "train").records, [record.question or "" for record in test])
-    answers = [record.answers for record in test]
-    assert len(test) == 9673
-    for protocol in ("exact", "official"):
-        assert round(vqa_accuracy(guesses["majority"], answers, protocol).accuracy, 1) == 37.3
-        assert round(vqa_accuracy(guesses["per_question"], answers, protocol).accuracy, 1) == 67.0
-
-
-# --- benchmark files ---
-
-
-@pytest.mark.parametrize("name", yaml_names("eval"))
-def test_shipped_benchmarks_load_under_their_own_name(name: str) -> None:
-    assert load_benchmark(name).name == name
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("protocl=lmms", "unknown key 'protocl'; did you mean 'protocol'"),
-        ("protocol=lmm", "unknown protocol 'lmm'.*did you mean 'lmms'"),
-        ("metric=acuracy", "unknown metric 'acuracy'.*did you mean 'accuracy'"),
-        ("task=vq", "unknown task.*did you mean 'vqa'"),
-        ("prompt=hello", "lacks {question}"),
-        ("name=../up", "name: "),
-    ],
-)
-def test_a_wrong_benchmark_is_an_error_that_names_the_key(override: str, message: str) -> None:
-    with pytest.raises(VlmError, match=message):
-        load_benchmark("easy_vqa", [override])
-
-
-# --- the command ---
-
-
-def test_the_command_prints_a_table_and_writes_the_files(benchmark: str, tmp_path: Path) -> None:
-    evaluate(benchmark, FakeModel(), output=tmp_path / "first", progress=False)
-    predictions = str(tmp_path / "first" / "samples.jsonl")
-    arguments = [benchmark, "--predictions", predictions, "--output", str(tmp_path / "out"), "protocol=lmms", "also=[]"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    for text in ("lmms", "50.00", "95 % interval", "majority answer", "report.html"):
-        assert text in done.stdout
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["protocol"] == "lmms"
-
-
-def test_json_output_is_one_line_per_benchmark(benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = tmp_path / "other.yaml"
-    other.write_text(Path(benchmark).read_text().replace("name: toy", "name: other"))
-    monkeypatch.setattr("vlm.loading.load_model", lambda name: FakeModel())
-    arguments = [benchmark, str(other), "--model", "m", "--json", "--limit", "1", "--output", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(line["benchmark"], line["model"], line["count"]) for line in lines] == [("toy", "m", 1), ("other", "m", 1)]
-    assert (tmp_path / "out" / "other" / "results.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["easy_vqb", "--model", "m"], "no benchmark 'easy_vqb'.*did you mean 'easy_vqa'"),
-        (["easy_vqa"], "either --model NAME or --predictions FILE"),
-        ([], "name a benchmark"),
-        (["easy_vqa", "--model", "m", "protocl=x"], "unknown key 'protocl'"),
-        (["easy_vqa", "a", "--predictions", "f"], "answers of one benchmark"),
-    ],
-)
-def test_errors_are_one_line_on_stderr_with_exit_status_2(arguments: list[str], message: str) -> None:
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert re.search(message, done.stderr)
-
-
-def test_debug_lets_the_traceback_through() -> None:
-    done = CliRunner().invoke(app, ["easy_vqb", "--model", "m", "--debug"])
-    assert isinstance(done.exception, VlmError)
-
-
-def test_listing_shows_the_shipped_benchmarks() -> None:
-    assert "easy_vqa" in CliRunner().invoke(app, ["--list"]).stdout
-    assert "easy_vqa" in json.loads(CliRunner().invoke(app, ["--list", "--json"]).stdout)
-
-
-def _raise(error: BaseException) -> Callable[[], None]:
-    def body() -> None:
-        with one_line_errors():
-            raise error
-
-    return body
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (VlmError("a\nb"), 2),
-        (FileNotFoundError(2, "absent"), 2),
-        (PermissionError(13, "forbidden"), 2),
-        (OSError(28, "No space left on device"), 2),
-        (KeyboardInterrupt(), 130),
-    ],
-)
-def test_what_a_user_can_mend_ends_a_command_in_one_line(
-    error: BaseException, status: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import typer
-
-    with pytest.raises(typer.Exit) as caught:
-        _raise(error)()
-    assert caught.value.exit_code == status
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_an_error_of_ours_keeps_its_traceback() -> None:
-    for error in (OSError(5, "Input/output error"), ValueError("bug")):
-        with pytest.raises(type(error)):
-            _raise(error)()
-
-
-def test_help_does_not_import_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['vlm-eval', '--help']\n"
-        "from vlm.cli.eval import main\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--predictions" in done.stdout

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from lavis_bundles import bundles
+from lavis_bundles import bundles, lavis_sizes
 from safetensors.torch import load_file
 from torch import nn
 
 from vlm.backbones.language import LanguageModel
 from vlm.bridges.qformer_keys import from_lavis, to_lavis
-from vlm.bridges.qformer_layers import QFormerSizes
 from vlm.bridges.qformer_projection import QFormerProjection
 from vlm.data.conversation import IMAGE_SLOT, TokenizedText
 from vlm.data.packing import RowBatch
@@ -40,18 +39,8 @@ class Stage2:
         self.config = json.loads((folder / "config.json").read_text())
         self.told = json.loads((folder / "expected.json").read_text())
         self.inputs, self.expected = (load_file(folder / f"{name}.safetensors") for name in ("inputs", "expected"))
-        c, weights = self.config["qformer"], load_file(folder / "stage2_lavis.safetensors")
-        sizes = QFormerSizes(
-            width=c["hidden_size"],
-            layers=c["num_hidden_layers"],
-            heads=c["num_attention_heads"],
-            ffn=c["intermediate_size"],
-            num_queries=c["num_query_tokens"],
-            image_width=c["encoder_width"],
-            vocabulary=0,
-            positions=0,
-            cross_attention_every=c["cross_attention_freq"],
-        )
+        weights = load_file(folder / "stage2_lavis.safetensors")
+        sizes = lavis_sizes(self.config["qformer"], vocabulary=0, positions=0)
         self.bridge = QFormerProjection(sizes, self.config["opt"]["hidden_size"])
         parts = nn.ModuleDict({"bridge": self.bridge})
         parts.load_state_dict(from_lavis(weights))

@@ -1,16 +1,16 @@
 """Our retrieval scores against what the field's own code answers, over every bundle found."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles import ORACLES
 
 from vlm.evaluation.retrieval import RetrievalScores, retrieval_recall
 
-_SHARED = Path(os.environ.get("VLM_ORACLES", Path(__file__).parents[2] / "shared" / "oracles")) / "retrieval"
+_SHARED = ORACLES / "retrieval"
 _BUNDLES = sorted(_SHARED.glob("*.npz")) if _SHARED.is_dir() else []
 bundles = pytest.mark.parametrize("bundle", _BUNDLES, ids=[b.stem for b in _BUNDLES])
 

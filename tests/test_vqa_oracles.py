@@ -1,16 +1,16 @@
 """Our VQA accuracy against what the field's own code answers, over every bundle found."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import ORACLES
 
 from vlm.evaluation import vqa
 
 _OWN = Path(__file__).parent / "data" / "vqa_crafted"
-_SHARED = Path(os.environ.get("VLM_ORACLES", Path(__file__).parents[2] / "shared" / "oracles")) / "vqa"
+_SHARED = ORACLES / "vqa"
 _SHARED_BUNDLES = sorted(p for p in _SHARED.iterdir() if p.is_dir()) if _SHARED.is_dir() else []
 _BUNDLES = [_OWN, *_SHARED_BUNDLES]
 bundles = pytest.mark.parametrize("bundle", _BUNDLES, ids=[f"{b.parent.name}-{b.name}" for b in _BUNDLES])

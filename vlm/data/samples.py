@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vlm.data.records import Message, Record
+from vlm.errors import VlmError
 from vlm.recipe import DataSpec
 
 
@@ -42,6 +43,29 @@ def make_samples(records: Sequence[Record], spec: DataSpec, prompts: Prompts) ->
                 alone.append(Sample(record.id, record.images, (conversation,)))
     shared = [Sample(next(iter(texts.values())), images, tuple(texts)) for images, texts in said.items()]
     return shared + alone
+
+
+def caption_samples(records: Sequence[Record], spec: DataSpec) -> list[Sample]:
+    """One sample for each caption of a picture, as models that learn from pairs want it.
+
+    Raises VlmError where the recipe asks for another use of the records.
+    """
+    if spec.use not in ("auto", "captions"):
+        raise VlmError(f"data.train: use: {spec.use} is for generative models; this one learns from captions")
+    return [
+        Sample(record.id, record.images, ((Message("assistant", caption),),))
+        for record in records
+        for caption in record.captions
+    ]
+
+
+def only_caption(sample: Sample) -> str:
+    """The caption of a pair. Raises VlmError for one that is empty, or does not go with exactly one picture."""
+    if len(sample.images) != 1 or len(sample.texts) != 1:
+        raise VlmError(f"expected one picture and one caption, got {len(sample.images)} and {len(sample.texts)}")
+    if not sample.texts[0].strip():
+        raise VlmError("the caption is empty")
+    return sample.texts[0]
 
 
 def _conversations(record: Record, use: str, prompts: Prompts) -> list[tuple[Message, ...]]:

@@ -16,10 +16,10 @@ from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import as_list, load_image
 from vlm.data.pairs import PairBatch, pair_batch
 from vlm.data.prompts import Labels, label_prompts
-from vlm.data.records import Message, Record
-from vlm.data.samples import Sample, make_samples
+from vlm.data.records import Record
+from vlm.data.samples import Sample, caption_samples, only_caption
 from vlm.data.stored_features import encode_pictures
-from vlm.errors import UnsupportedTask, VlmError
+from vlm.errors import VlmError
 from vlm.model_spec import DualEncoderSpec
 from vlm.models.counting import forward_operations
 from vlm.models.freezing import set_mode
@@ -63,23 +63,11 @@ class DualEncoder(TaskModel):
 
     def samples(self, records: Sequence[Record], spec: DataSpec) -> list[Sample]:
         """Training samples of records: one for each caption of a picture."""
-        return make_samples(records, spec.model_copy(update={"use": "captions", "share_image": False}), self)
-
-    def caption_messages(self, caption: str | None = None) -> list[Message]:
-        """A caption as the one thing that is said about a picture."""
-        return [] if caption is None else [Message("assistant", caption)]
-
-    def question_messages(self, question: str, answer: str | None = None) -> list[Message]:
-        """Questions are not what this model learns from."""
-        raise UnsupportedTask("a dual encoder model does not learn from questions; generative models do")
+        return caption_samples(records, spec)
 
     def prepare_texts(self, sample: Sample, limit: int | None = None) -> str:
         """A sample's caption. Raises VlmError for one that is empty, or that does not go with exactly one picture."""
-        if len(sample.images) != 1 or len(sample.texts) != 1:
-            raise VlmError(f"expected one picture and one caption, got {len(sample.images)} and {len(sample.texts)}")
-        if not sample.texts[0].strip():
-            raise VlmError("the caption is empty")
-        return sample.texts[0]
+        return only_caption(sample)
 
     def collate(self, samples: Sequence[tuple[str, Sequence[str]]], places: Sequence[int] = ()) -> PairBatch:
         """Captions, each with the path of its picture, as one batch."""
