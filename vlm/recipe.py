@@ -1,7 +1,7 @@
 """What a recipe may say: model, objectives, data, optimiser, schedule, training, evaluation."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -72,6 +72,9 @@ class DataSection(Strict):
     workers: int = Field(default=0, ge=0)
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Strict):
     """AdamW. `groups` gives learning rates by name pattern, e.g. `{"language_model.lora.*": 2.0e-4}`.
 
@@ -79,8 +82,8 @@ class OptimizerSection(Strict):
     """
 
     lr: float = Field(gt=0)
-    groups: dict[str, float] = {}
-    betas: tuple[float, float] = (0.9, 0.999)
+    groups: dict[str, Annotated[float, Field(ge=0)]] = {}
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_grad: float | None = Field(default=1.0, gt=0)
@@ -113,7 +116,7 @@ class TrainSection(Strict):
     micro_batch_size: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
@@ -144,7 +147,7 @@ class Recipe(Strict):
     """One experiment. `trainable` lists name patterns of what learns; everything else is frozen."""
 
     model: ModelSpec
-    objectives: list[ObjectiveSpec] = [ObjectiveSpec(name="lm")]
+    objectives: list[ObjectiveSpec] = Field(default=[ObjectiveSpec(name="lm")], min_length=1)
     data: DataSection
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
@@ -165,6 +168,13 @@ class Recipe(Strict):
     @classmethod
     def _objective_names(cls, value: Any) -> Any:
         return [name_only(item) for item in value] if isinstance(value, list) else value
+
+    @field_validator("objectives")
+    @classmethod
+    def _each_objective_once(cls, value: list[ObjectiveSpec]) -> list[ObjectiveSpec]:
+        if len({spec.name for spec in value}) < len(value):
+            raise ValueError("an objective is named twice; give it a `weight`")
+        return value
 
 
 def load_recipe(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

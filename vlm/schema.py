@@ -1,10 +1,10 @@
 """The strict base of every YAML schema: unknown keys are errors that suggest the nearest known key."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from vlm.errors import VlmError, did_you_mean
@@ -13,7 +13,7 @@ from vlm.errors import VlmError, did_you_mean
 class Strict(BaseModel):
     """A frozen model that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -24,6 +24,19 @@ class Strict(BaseModel):
                     hint = did_you_mean(str(key), cls.model_fields)
                     raise PydanticCustomError("unknown_key", "{text}", {"text": f"unknown key {key!r}{hint}"})
         return data
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `on` and `yes` as true, which pydantic would take for 1."""
+        if isinstance(value, bool) and _wants_number(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("expected a number, found true or false")
+        return value
+
+
+def _wants_number(annotation: Any) -> bool:
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 Schema = TypeVar("Schema", bound=Strict)

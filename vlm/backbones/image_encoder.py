@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlm.data.transforms import ImageTransform
+from vlm.errors import VlmError
 
 _SAMPLES = 4096  # values of each tensor that enter the fingerprint
 
@@ -57,7 +58,12 @@ class ImageEncoder(nn.Module):
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)
         with torch.no_grad():
-            features, pooled = tower(torch.zeros(1, 3, *transform.size, dtype=self.dtype))
+            try:
+                features, pooled = tower(torch.zeros(1, 3, *transform.size, dtype=self.dtype))
+            except RuntimeError as error:  # a size the model was not made for, or that memory has no room for
+                height, width = transform.size
+                why = str(error).partition("\n")[0]
+                raise VlmError(f"image encoder {name!r} cannot take pictures of {height} x {width}: {why}") from error
         grid = (features.shape[2], features.shape[3]) if features.ndim == 4 else tower.patch_grid
         self.grid: tuple[int, int] | None = None if self.num_prefix_tokens else grid
         tokens = self._select(features)

@@ -75,19 +75,32 @@ class Objective:
     of the global batch, with gradients across processes. Called once a step whatever the micro-batches.
     prepare: (model, all pairs without gradient, this process's batches, its part of the recipe) -> what `loss` finds in
     `read.prepared`; called once a step on every process, so it may communicate.
-    reports: the names that are reported beside the loss.
+    needs: what a model must have for it, as dotted attributes. reports: the names that are reported beside the loss.
     """
 
     count: Callable[[Any], int]
     loss: Callable[[ReadOuts, ObjectiveSpec], Loss] | None = None
     compare: Callable[[Any, Pairs, ObjectiveSpec], Loss] | None = None
     prepare: Callable[[Any, Pairs, Sequence[Any], ObjectiveSpec], Any] | None = None
+    needs: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
+
+    def suits(self, model: Any) -> bool:
+        """Whether the model has what the objective needs."""
+        return all(_has(model, name) for name in self.needs)
 
     @property
     def needs_pairs(self) -> bool:
         """Whether the step has to embed the whole batch first."""
         return self.compare is not None or self.prepare is not None
+
+
+def _has(model: Any, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not hasattr(model, part):
+            return False
+        model = getattr(model, part)
+    return True
 
 
 def make_pairs(image: Tensor, text: Tensor, batches: Sequence[Any], seed: int) -> Pairs:

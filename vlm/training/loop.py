@@ -46,7 +46,8 @@ def train(recipe: Recipe, resume: bool = False, quiet: bool = False) -> TrainRes
     The result depends on the recipe alone: not on micro-batches, processes, or interruptions.
     Raises VlmError for what the user can mend.
     """
-    return Trainer(recipe, resume, quiet).train()
+    with RunFolder(recipe.output).alone():
+        return Trainer(recipe, resume, quiet).train()
 
 
 class Trainer:
@@ -54,6 +55,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
 
         self.recipe = recipe
@@ -61,6 +63,7 @@ class Trainer:
         self.precision = pick_precision(recipe.train.precision, device)
         if recipe.train.precision == "auto" and device.type == "mps":
             self.precision = "fp32"  # fp16 would need loss scaling, which MPS has not
+        AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
@@ -71,6 +74,7 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.report = Reporter(quiet or self.rank != 0)
+        self._check_benchmarks()
         self.folder = RunFolder(recipe.output)
         if self.rank == 0:
             self.folder.start(recipe, resume)
@@ -106,6 +110,13 @@ class Trainer:
         self.report.summary(self.model, self.folder.path, self.source.num_samples, self.steps, str(self.device))
 
     # ---- setup ----------------------------------------------------------------------------------------------
+
+    def _check_benchmarks(self) -> None:
+        """A misspelt benchmark is told before hours of training, not after."""
+        from vlm.evaluation import load_benchmark
+
+        for name in self.recipe.evaluation.benchmarks:
+            load_benchmark(name)
 
     def _resume(self) -> None:
         checkpoint = newest_checkpoint(self.folder.checkpoints)

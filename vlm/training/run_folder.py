@@ -1,7 +1,10 @@
 """The run folder: resolved recipe, metrics, checkpoints, model, evaluations."""
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,33 @@ class RunFolder:
 
     @property
     def is_started(self) -> bool:
-        """Whether a run wrote here before."""
-        return self.recipe.is_file()
+        """Whether a run trained here before; one that failed before its first step left nothing to go on with."""
+        return self.recipe.is_file() and any(p.exists() for p in (self.metrics, self.checkpoints, self.model))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Make the folder and keep other runs out of it; of several processes of one run, the first does.
+
+        Raises VlmError if another run is at work there.
+        """
+        from filelock import FileLock, Timeout
+
+        if os.environ.get("RANK", "0") != "0":
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            text = f"another process trains in {self.path}: wait for it, or choose another output=FOLDER"
+            raise VlmError(text) from error
+        except OSError as error:
+            raise VlmError(f"{self.path} cannot be written: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def start(self, recipe: Recipe, resume: bool) -> None:
         """Make the folder and write the resolved recipe with versions, command and seed.

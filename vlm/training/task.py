@@ -41,6 +41,9 @@ class Task(nn.Module):
         for spec in objectives:
             if spec.name not in OBJECTIVES:
                 raise VlmError(f"objectives: unknown objective {spec.name!r}{did_you_mean(spec.name, OBJECTIVES)}")
+            if not OBJECTIVES[spec.name].suits(model):
+                known = ", ".join(name for name, objective in OBJECTIVES.items() if objective.suits(model))
+                raise VlmError(f"objectives: a {self.model.family} model cannot learn {spec.name!r}; it can: {known}")
         self.objectives: list[tuple[ObjectiveSpec, Objective]] = [(spec, OBJECTIVES[spec.name]) for spec in objectives]
         self.needs_pairs = any(objective.needs_pairs for _, objective in self.objectives)
 
