@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the netw
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+_USERS_CACHE = os.environ.get("VLM_CACHE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache alone, and so do fixtures of a module or session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tests leave the user's cache alone; those of the starter parts share it, for a conversion takes half a minute."""
-    if not request.node.get_closest_marker("starter"):
-        monkeypatch.setenv("VLM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def _cache_of_starter_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests of the starter parts share the user's cache, for a conversion takes half a minute."""
+    if request.node.get_closest_marker("starter"):
+        if _USERS_CACHE is None:
+            monkeypatch.delenv("VLM_CACHE")
+        else:
+            monkeypatch.setenv("VLM_CACHE", _USERS_CACHE)
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class HubServer(ThreadingHTTPServer):
     """repositories: id -> folder. cut_once: names of files whose first download breaks off in the middle.
 
-    downloads: (file, first byte sent) of each GET. requests: the path of every request.
+    downloads: (repository, file, first byte sent) of each GET. requests: the path of every request.
     """
 
     def __init__(self, repositories: dict[str, Path], cut_once: tuple[str, ...] = ()) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
         self.to_cut = set(cut_once)
-        self.downloads: list[tuple[str, int]] = []
+        self.downloads: list[tuple[str, str, int]] = []
         self.requests: list[str] = []
 
     @property
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if with_body:
-            self.server.downloads.append((name, start))
+            self.server.downloads.append((repository, name, start))
             if name in self.server.to_cut:
                 self.server.to_cut.remove(name)
                 self.wfile.write(content[: len(content) // 2])

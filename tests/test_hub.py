@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ for name in json.loads(sys.argv[1]):
 """
 
 
-def ask(server: HubServer, cache: Path, *names: str, offline: bool = False) -> list[dict[str, Any]]:
-    """What `load_model` of each name comes to in a fresh process."""
+def ask(server: HubServer, cache: Path, *names: str, offline: bool = False) -> dict[str, dict[str, Any]]:
+    """Name -> what `load_model` of it comes to, in a fresh process."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.url,
@@ -39,9 +41,10 @@ def ask(server: HubServer, cache: Path, *names: str, offline: bool = False) -> l
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     command = [sys.executable, "-c", PROGRAM, json.dumps(names), json.dumps(TEXTS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    return dict(zip(names, answers, strict=True))
 
 
 def _large(source: Path, folder: Path) -> Path:
@@ -58,40 +61,66 @@ def _large(source: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(300)
-def test_a_model_is_downloaded_resumed_and_found_again_without_a_network(tiny_folder: Any, tmp_path: Path) -> None:
-    folder = _large(tiny_folder(tiny_hf_dual, "clip"), tmp_path / "large")
-    expected = load_model(folder).encode_text(TEXTS)
-    with hub_server({"tiny/clip": folder}, cut_once=("model.safetensors",)) as server:
-        (online,) = ask(server, tmp_path, "tiny/clip")
-        torch.testing.assert_close(torch.tensor(online["embeddings"]), expected, atol=1e-5, rtol=1e-5)
-        first, second = (start for name, start in server.downloads if name == "model.safetensors")
-        assert first == 0
-        assert 0 < second <= (folder / "model.safetensors").stat().st_size // 2  # broken off there, gone on from there
-        assert len(server.downloads) == len(set(server.downloads))  # nothing twice
+@dataclass
+class Asked:
+    """What came of asking online, then offline; `large` is the folder behind tiny/clip."""
 
-        before = len(server.requests)
-        offline, missing = ask(server, tmp_path, "tiny/clip", "tiny/other", offline=True)
-        assert offline == online
-        assert missing["error"].startswith("tiny/other: no such folder and no such model on the hub")
-        assert "\n" not in missing["error"]
-        assert len(server.requests) == before
+    server: HubServer
+    large: Path
+    online: dict[str, dict[str, Any]]
+    requests: int  # until then
+    offline: dict[str, dict[str, Any]]
 
 
-@pytest.mark.timeout(300)
-def test_what_the_hub_lacks_is_one_line(tiny_folder: Any, tmp_path: Path) -> None:
-    whole = tiny_folder(tiny_hf_dual, "siglip")
-    places = {}
-    for lacking in ("model.safetensors", "preprocessor_config.json", "config.json"):
-        folder = Path(shutil.copytree(whole, tmp_path / f"without-{lacking}"))
-        (folder / lacking).unlink()
-        places[f"tiny/without-{lacking}"] = folder
-    with hub_server(places) as server:
-        answers = ask(server, tmp_path / "cache", *places, "tiny/nothing")
-    for name, answer in zip([*places, "tiny/nothing"], answers, strict=True):
-        assert name in answer["error"]
-        assert "\n" not in answer["error"]
-    assert "model.safetensors" in answers[0]["error"]
-    assert "image preprocessor cannot be read" in answers[1]["error"]
-    assert "no such model on the hub" in answers[2]["error"]
-    assert "no such model on the hub" in answers[3]["error"]
+LACKING = ("model.safetensors", "preprocessor_config.json", "config.json")
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asked]:
+    """One process that asks a hub, and one that has no network: starting them is what takes long."""
+    folder = tmp_path_factory.mktemp("hub")
+    places = {"tiny/clip": _large(tiny_folder(tiny_hf_dual, "clip"), folder / "large")}
+    for lacking in LACKING:
+        place = Path(shutil.copytree(tiny_folder(tiny_hf_dual, "siglip"), folder / f"without-{lacking}"))
+        (place / lacking).unlink()
+        places[f"tiny/without-{lacking}"] = place
+    with hub_server(places, cut_once=("model.safetensors",)) as server:
+        online = ask(server, folder / "cache", *places, "tiny/nothing")
+        requests = len(server.requests)
+        offline = ask(server, folder / "cache", "tiny/clip", "tiny/other", offline=True)
+        yield Asked(server, places["tiny/clip"], online, requests, offline)
+
+
+def test_a_broken_download_goes_on_where_it_broke(asked: Asked) -> None:
+    expected = load_model(asked.large).encode_text(TEXTS)
+    found = torch.tensor(asked.online["tiny/clip"]["embeddings"])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    downloads = [(name, start) for repository, name, start in asked.server.downloads if repository == "tiny/clip"]
+    first, second = (start for name, start in downloads if name == "model.safetensors")
+    assert first == 0
+    assert 0 < second <= (asked.large / "model.safetensors").stat().st_size // 2  # broken off there, gone on from there
+    assert len(downloads) == len(set(downloads))  # nothing twice
+
+
+def test_without_a_network_what_was_downloaded_is_found_and_the_rest_is_one_line(asked: Asked) -> None:
+    assert asked.offline["tiny/clip"] == asked.online["tiny/clip"]
+    missing = asked.offline["tiny/other"]["error"]
+    assert missing.startswith("tiny/other: no such folder and no such model on the hub")
+    assert "\n" not in missing
+    assert len(asked.server.requests) == asked.requests
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tiny/without-model.safetensors", "model.safetensors"),
+        ("tiny/without-preprocessor_config.json", "image preprocessor cannot be read"),
+        ("tiny/without-config.json", "no such model on the hub"),
+        ("tiny/nothing", "no such model on the hub"),
+    ],
+)
+def test_what_the_hub_lacks_is_one_line(asked: Asked, name: str, message: str) -> None:
+    error = asked.online[name]["error"]
+    assert name in error
+    assert message in error
+    assert "\n" not in error

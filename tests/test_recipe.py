@@ -31,6 +31,13 @@ def test_every_shipped_recipe_is_valid(name):
         ("nonsense", "expected KEY=VALUE"),
         ("train.seed=[", "not plain YAML"),
         ("data.train=[]", "data.train"),
+        ("train.steps=true", "train.steps: Value error, expected a number, found true or false"),
+        ("optimizer.lr=.inf", "optimizer.lr"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
+        ('optimizer.groups={"bridge.*": -1}', "optimizer.groups"),
+        ("train.seed=99999999999999999999", "train.seed"),
+        ("objectives=[]", "objectives"),
+        ("objectives=[lm, lm]", "named twice"),
     ],
 )
 def test_a_mistake_names_the_key_and_what_to_do(override, message):

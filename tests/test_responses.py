@@ -75,7 +75,7 @@ def run(benchmark: Path, log: Path, output: Path, *more: str, launcher: tuple[st
     script = benchmark.parent / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, *launcher, str(script), str(benchmark), str(log), str(output), *more]
-    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, check=False).returncode
+    return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False).returncode
 
 
 def test_a_killed_evaluation_goes_on_and_ends_as_one_left_alone(

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +19,31 @@ from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.sharding import shard_task
 from vlm.training.task import Task
 
+PROCESSES = 3
+PROGRAM = """
+import json, sys
+from vlm import load_recipe, train
+from vlm.cli.train import _leave_the_group
+for file, resume in json.loads(sys.argv[1]):
+    train(load_recipe(file), resume=resume, quiet=True)
+_leave_the_group()
+"""
 
-def _launch(recipe, folder, processes=2, *options):
-    file = folder / f"{os.path.basename(recipe.output)}.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *launcher, "-m", "vlm.cli.train", str(file), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+def _launch(folder, *runs):
+    """Runs as (recipe, whether to go on with it), one after the other in the same processes."""
+    asked = []
+    for recipe, resume in runs:
+        file = folder / f"{os.path.basename(recipe.output)}.yaml"
+        file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        asked.append((str(file), resume))
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}"]
+    command = [sys.executable, *launcher, str(program), json.dumps(asked)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -33,64 +52,104 @@ def _same(one, other):
     torch.testing.assert_close(weights(one), weights(other), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def recipe(tiny_folder, tmp_path):
-    data = conversations(tmp_path / "data")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
-    def make(output, trainable=None, **options):
-        made = tiny_recipe(tiny_folder, data, tmp_path / output, **options)
-        return made.model_copy(update={"trainable": trainable}) if trainable else made
+
+@pytest.fixture(scope="module")
+def recipe(tiny_folder, folder):
+    data = conversations(folder / "data")
+
+    def make(output, **options):
+        return tiny_recipe(tiny_folder, data, folder / output, **options)
 
     return make
 
 
-def test_shards_do_not_change_the_result(recipe, tmp_path):
-    train(recipe("one"), quiet=True)
-    # 4 samples in micro-batches of 1 over 3 processes: one of them has less to do than the others
-    _launch(recipe("shards", fsdp=True, micro_batch_size=1, gradient_checkpointing=True), tmp_path, processes=3)
-    _same(tmp_path / "one", tmp_path / "shards")
+@pytest.fixture(scope="module")
+def whole_language_model(recipe):
+    """Recipes in which the language model learns as a whole."""
 
-
-def test_a_language_model_that_learns_as_a_whole_is_sharded_too(recipe, tmp_path):
-    def whole(output, **options):
-        made = recipe(output, ["bridge.*", "language_model.*"], steps=3, **options)
+    def make(output, **options):
+        made = recipe(output, steps=3, **options)
         language = made.model.language_model.model_copy(update={"lora": None})
         model = made.model.model_copy(update={"language_model": language})
-        return made.model_copy(update={"model": model})
+        return made.model_copy(update={"model": model, "trainable": ["bridge.*", "language_model.*"]})
 
-    train(whole("one"), quiet=True)
-    _launch(whole("shards", fsdp=True), tmp_path)
-    _same(tmp_path / "one", tmp_path / "shards")
+    return make
 
 
-def test_processes_with_and_without_pictures_stay_together(recipe, tmp_path):
-    """Where one process shows pictures and another text alone, both reduce the same gradients."""
-    items = json.loads((tmp_path / "data" / "train.json").read_text())
+@pytest.fixture(scope="module")
+def mixed(tiny_folder, folder):
+    """Recipes of a data set half of which shows no picture: one process shows some, another text alone."""
+    data = conversations(folder / "mixed")
+    items = json.loads(data.read_text())
     for item in items[::2]:
         del item["image"]
         item["conversations"][0]["value"] = "what is a circle?"
-    (tmp_path / "data" / "train.json").write_text(json.dumps(items))
-    train(recipe("one", steps=4), quiet=True)
-    _launch(recipe("shards", steps=4, fsdp=True, micro_batch_size=1), tmp_path)
-    _same(tmp_path / "one", tmp_path / "shards")
+    data.write_text(json.dumps(items))
+
+    def make(output, **options):
+        return tiny_recipe(tiny_folder, data, folder / output, steps=4, **options)
+
+    return make
 
 
-def test_a_sharded_run_goes_on_whole_and_a_whole_one_sharded(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def sharded(recipe, whole_language_model, mixed, folder):
+    """All runs that need several processes: starting those is what takes long."""
+    begun_whole = recipe("begun-whole")
+    train(begun_whole, quiet=True)
+    _launch(
+        folder,
+        # 4 samples in micro-batches of 1 over 3 processes: one of them has less to do than the others
+        (recipe("shards", fsdp=True, micro_batch_size=1, gradient_checkpointing=True), False),
+        (whole_language_model("shards-language", fsdp=True), False),
+        (mixed("shards-mixed", fsdp=True, micro_batch_size=1), False),
+        (recipe("begun-sharded", fsdp=True), False),
+        (_back_at_step_3(begun_whole, fsdp=True), True),
+    )
+
+
+def _back_at_step_3(recipe, fsdp):
+    """The recipe with the lever turned, its run as it was half-way."""
+    folder = Path(recipe.output)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    assert newest_checkpoint(folder / "checkpoints").step == 3
+    saved = folder / "recipe.yaml"  # the lever is no part of the result
+    saved.write_text(saved.read_text().replace(f"fsdp: {str(not fsdp).lower()}", f"fsdp: {str(fsdp).lower()}"))
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"fsdp": fsdp})})
+
+
+@pytest.fixture(scope="module")
+def one(recipe, folder):
+    """The run of one process."""
     train(recipe("one"), quiet=True)
-    for name, first, then in (("whole", True, False), ("sharded", False, True)):
-        half = recipe(name, fsdp=first)
-        half = half.model_copy(update={"train": half.train.model_copy(update={"checkpoint_every": 3})})
-        _launch(half, tmp_path) if first else train(half, quiet=True)
-        folder = tmp_path / name
-        checkpoints = folder / "checkpoints"
-        for path in checkpoints.glob("step-00000006"):
-            subprocess.run(["rm", "-r", str(path)], check=True)
-        assert newest_checkpoint(checkpoints).step == 3
-        saved = folder / "recipe.yaml"  # the lever is no part of the result
-        saved.write_text(saved.read_text().replace(f"fsdp: {str(first).lower()}", f"fsdp: {str(then).lower()}"))
-        other = half.model_copy(update={"train": half.train.model_copy(update={"fsdp": then})})
-        _launch(other, tmp_path, 2, "--resume") if then else train(other, resume=True, quiet=True)
-        _same(tmp_path / "one", folder)
+    return folder / "one"
+
+
+def test_shards_do_not_change_the_result(sharded, one, folder):
+    _same(one, folder / "shards")
+
+
+def test_a_language_model_that_learns_as_a_whole_is_sharded_too(sharded, whole_language_model, folder):
+    train(whole_language_model("one-language"), quiet=True)
+    _same(folder / "one-language", folder / "shards-language")
+
+
+def test_processes_with_and_without_pictures_stay_together(sharded, mixed, folder):
+    train(mixed("one-mixed"), quiet=True)
+    _same(folder / "one-mixed", folder / "shards-mixed")
+
+
+def test_a_whole_run_goes_on_sharded(sharded, one, folder):
+    _same(one, folder / "begun-whole")
+
+
+def test_a_sharded_run_goes_on_whole(sharded, one, recipe, folder):
+    train(_back_at_step_3(recipe("begun-sharded", fsdp=True), fsdp=False), resume=True, quiet=True)
+    _same(one, folder / "begun-sharded")
 
 
 @pytest.mark.parametrize(

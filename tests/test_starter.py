@@ -43,7 +43,7 @@ def test_two_processes_convert_once(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert log.read_text() == "run\n"
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from training_parts import conversations, losses, tiny_recipe, weights
 
 from vlm import load_model, train
 from vlm.errors import VlmError
+from vlm.recipe import EvaluationSection, ObjectiveSpec
 from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.loop import Trainer
+from vlm.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_a_run_killed_in_the_middle_goes_on_exactly(tiny_folder, data, tmp_path)
     process = _command(recipe, tmp_path, wait=False)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5):
-        pass
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert train(recipe, resume=True, quiet=True).finished
@@ -117,9 +120,9 @@ def test_sigterm_finishes_the_step_and_exits_cleanly(tiny_folder, data, tmp_path
     process = _command(recipe, tmp_path, wait=False)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        pass
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
@@ -143,6 +146,41 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tiny_folder, data, tmp_pat
     other = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"lr": 0.5})})
     with pytest.raises(VlmError, match=r"optimizer\.lr"):
         train(other, resume=True, quiet=True)
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_free(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=1)
+    section = recipe.data.model_copy(update={"train": [recipe.data.train[0].model_copy(update={"dataset": "nowhere"})]})
+    with pytest.raises(VlmError, match="nowhere"):
+        train(recipe.model_copy(update={"data": section}), quiet=True)
+    assert train(recipe, quiet=True).finished
+
+
+def test_two_runs_in_one_folder_exclude_each_other(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=1)
+    with RunFolder(recipe.output).alone(), pytest.raises(VlmError, match="another process trains in"):
+        train(recipe, quiet=True)
+    assert train(recipe, quiet=True).finished
+
+
+def test_a_run_may_follow_one_of_another_precision(tiny_folder, data, tmp_path):
+    assert train(tiny_recipe(tiny_folder, data, tmp_path / "fp32", steps=1), quiet=True).finished
+    assert train(tiny_recipe(tiny_folder, data, tmp_path / "bf16", steps=1, precision="bf16"), quiet=True).finished
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": [ObjectiveSpec(name="itc")]}, "cannot learn 'itc'; it can: lm"),
+        ({"objectives": [ObjectiveSpec(name="itn")]}, "did you mean 'itm' or 'itc'"),
+        ({"evaluation": EvaluationSection(benchmarks=["easy_vqq"])}, "did you mean 'easy_vqa'"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_first_step(tiny_folder, data, tmp_path, changes, message):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run").model_copy(update=changes)
+    with pytest.raises(VlmError, match=message):
+        train(recipe, quiet=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tiny_folder, data, tmp_path, monkeypatch):

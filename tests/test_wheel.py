@@ -21,7 +21,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """`run(command, *arguments)`: what a command of an environment that holds the wheel prints."""
     root = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(root / "dist")]
-    subprocess.run(build, cwd=CHECKOUT, check=True, capture_output=True, timeout=120)
+    subprocess.run(build, cwd=CHECKOUT, check=True, capture_output=True, timeout=300)
     (wheel,) = (root / "dist").glob("*.whl")
 
     venv.create(root / "env", symlinks=os.name != "nt")
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     target = Path(sysconfig.get_path("purelib", "venv", {"base": str(root / "env"), "platbase": str(root / "env")}))
     install = [sys.executable, "-m", "pip", "--python", str(scripts / "python"), "install", "--quiet", "--no-deps"]
     options = ["--no-index", "--disable-pip-version-check"]
-    subprocess.run([*install, *options, str(wheel)], check=True, capture_output=True, timeout=120)
+    subprocess.run([*install, *options, str(wheel)], check=True, capture_output=True, timeout=300)
     # The heavy packages are shared by path. A folder named in a .pth file gives its packages but its own .pth files,
     # among them the one of the editable install, are not read; and the environment's own folder comes first.
     (target / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def of(command: str, *arguments: str) -> str:
         line = [str(scripts / command), *arguments]
         done = subprocess.run(
-            line, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120, check=False
+            line, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

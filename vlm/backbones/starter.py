@@ -5,10 +5,12 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from vlm.errors import VlmError
 from vlm.paths import cache_dir
@@ -122,12 +124,17 @@ def convert_gguf(file: Path, folder: Path, eos_token_id: int | None = None) -> N
     floats: they go into a fresh model of the same configuration.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar per part hides what the command itself has to say
+    print(f"converting {file.name}, once", file=sys.stderr)
     options = {"gguf_file": file.name}
     try:
         AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        # Its bar obeys no setting.
+        with patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors, create=True):
+            loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
     except ImportError as error:
         raise VlmError("reading GGUF files needs the package gguf; run: pip install gguf") from error
     except (ValueError, KeyError, OSError) as error:

@@ -71,7 +71,7 @@ def identity_of(model: Any, plan: "Benchmark") -> dict[str, Any] | None:
     weights = _weights_hash(model)
     if weights is None:
         return None
-    from vlm.evaluation.result import versions
+    from vlm.versions import versions
 
     return {
         "model": type(model).__qualname__,

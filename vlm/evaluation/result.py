@@ -2,12 +2,9 @@
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,29 +99,3 @@ def replaced(path: Path) -> Iterator[TextIO]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions a score may depend on, read without importing anything heavy."""
-    from vlm import __version__
-
-    found = {"python": platform.python_version(), "vlm": __version__}
-    for package in ("torch", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout the library runs from, with `-dirty` where files differ; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -1,5 +1,7 @@
 """The evaluator: records of a benchmark -> predictions of a model (or of a file) -> scores, interval, files."""
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +15,11 @@ from vlm.evaluation.benchmark import Benchmark, differences, load_benchmark
 from vlm.evaluation.intervals import Parts, bootstrap_interval
 from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
 from vlm.evaluation.responses import Responses, identity_of, processes
-from vlm.evaluation.result import EvaluationResult, Sample, git_commit, versions, write_result
+from vlm.evaluation.result import EvaluationResult, Sample, write_result
 from vlm.evaluation.sharing import Asking
 from vlm.evaluation.task import Job
 from vlm.evaluation.tasks import TASKS, answer_scores
+from vlm.versions import git_commit, versions
 
 
 def evaluate(
@@ -60,6 +63,7 @@ def evaluate(
     name = model_name or (str(predictions) if predictions is not None else name_of(model))
     folder = Path(output) if output is not None else default_output(str(model) if named else None, plan.name)
     began = time.monotonic()
+    _make(folder)
 
     everything, unreadable = records_of(plan, need_pictures=predictions is None)
     for record in everything:
@@ -107,6 +111,17 @@ def evaluate(
     if processes()[0] == 0:
         write_result(result)
     return result
+
+
+def _make(folder: Path) -> None:
+    """The folder for the results, before the model is asked anything. Raises VlmError where nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write")
+    except OSError as error:
+        text = f"{folder}: results cannot be written there: {error.strerror or error}; choose another output folder"
+        raise VlmError(text) from error
 
 
 def asked(model: Any, job: Job, batch_size: int, advance: Callable[[int], None], cache: bool) -> Any:
