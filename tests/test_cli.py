@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,32 @@ def test_a_wrong_recipe_file_is_one_line_that_names_it(tmp_path: Path, text: str
     assert len(done.stderr.splitlines()) == 1
     assert "mine.yaml" in done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("main", ["dta"], "No such command 'dta'"),
+        ("main", ["data", "prepare"], "Missing argument"),
+        ("train", ["--resum"], "No such option: --resum"),
+        ("eval", ["easy_vqa", "--model", "x", "--limit", "0"], "--limit"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_status_2(
+    command: str,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [command, *arguments])
+    with pytest.raises(SystemExit) as end:
+        import_module(f"vlm.cli.{command}").main()
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert len(told.splitlines()) == 1
+    assert message in told
 
 
 def test_debug_shows_the_traceback() -> None:

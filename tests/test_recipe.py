@@ -31,7 +31,7 @@ def test_every_shipped_recipe_is_valid(name):
         ("nonsense", "expected KEY=VALUE"),
         ("train.seed=[", "not plain YAML"),
         ("data.train=[]", "data.train"),
-        ("train.steps=true", "train.steps: Value error, expected a number, found true or false"),
+        ("train.steps=true", "train: `steps` is true, expected a number"),
         ("optimizer.lr=.inf", "optimizer.lr"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
         ('optimizer.groups={"bridge.*": -1}', "optimizer.groups"),

@@ -23,10 +23,10 @@ PROCESSES = 3
 PROGRAM = """
 import json, sys
 from vlm import load_recipe, train
-from vlm.cli.train import _leave_the_group
+from vlm.cli.processes import leave_the_group
 for file, resume in json.loads(sys.argv[1]):
     train(load_recipe(file), resume=resume, quiet=True)
-_leave_the_group()
+leave_the_group()
 """
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from vlm.errors import VlmError, did_you_mean
@@ -17,27 +17,26 @@ class Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _suggest_known_keys(cls, data: Any) -> Any:
+    def _known_keys_and_numbers(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for key in data:
+            for key, value in data.items():
                 if key not in cls.model_fields:
                     hint = did_you_mean(str(key), cls.model_fields)
                     raise PydanticCustomError("unknown_key", "{text}", {"text": f"unknown key {key!r}{hint}"})
+                # YAML reads `on` and `yes` as true, which pydantic would take for 1.
+                if isinstance(value, bool) and _wants_number(cls.model_fields[key].annotation):
+                    text = f"`{key}` is {str(value).lower()}, expected a number"
+                    raise PydanticCustomError("no_number", "{text}", {"text": text})
         return data
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `on` and `yes` as true, which pydantic would take for 1."""
-        if isinstance(value, bool) and _wants_number(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("expected a number, found true or false")
-        return value
 
 
 def _wants_number(annotation: Any) -> bool:
     kinds = {annotation, *get_args(annotation)}
     return bool(kinds & {int, float}) and bool not in kinds
 
+
+# Kinds of problems whose text says what was given.
+_TELL_ALL = ("unknown_key", "no_number", "missing")
 
 Schema = TypeVar("Schema", bound=Strict)
 
@@ -50,7 +49,7 @@ def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schem
         problems = []
         for problem in error.errors():
             key, text = _key(problem["loc"], content), problem["msg"]
-            given = "" if problem["type"] in ("unknown_key", "missing") else f" (got {_short(problem['input'])})"
+            given = "" if problem["type"] in _TELL_ALL else f" (got {_short(problem['input'])})"
             if problem["type"].startswith("union_tag"):  # several kinds of mapping, told apart by `type`
                 kinds = [kind.strip().strip("'") for kind in problem["ctx"].get("expected_tags", "").split(",")]
                 tag = str(problem["ctx"].get("tag", ""))

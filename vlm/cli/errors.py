@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import typer
 
@@ -31,6 +32,27 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run a command and end Python; a mistake in how it is called is one line with exit status 2, too."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as caught:  # typer brings its own click, or takes the installed one: no common class to name
+        error: Any = caught
+        if type(error).__name__ == "Abort":
+            print("aborted", file=sys.stderr)
+            sys.exit(1)
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+        else:
+            command = getattr(getattr(error, "ctx", None), "command_path", "")
+            hint = f"; see {command} --help" if command else ""
+            print("error: " + " ".join(error.format_message().split()).rstrip(".") + hint, file=sys.stderr)
+        sys.exit(2)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _is_mendable(error: Exception) -> bool:

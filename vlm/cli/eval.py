@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlm.cli.errors import one_line_errors
+from vlm.cli.errors import one_line_errors, run
 from vlm.cli.processes import leave_the_group
 from vlm.errors import VlmError
 
@@ -199,7 +199,7 @@ def _print_benchmarks(as_json: bool) -> None:
 
 def main() -> None:
     """The console script."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from vlm.cli.chat import chat
 from vlm.cli.compare import compare
 from vlm.cli.data import AsJson
 from vlm.cli.data import app as data_app
-from vlm.cli.errors import one_line_errors
+from vlm.cli.errors import one_line_errors, run
 from vlm.cli.export import export
 from vlm.cli.quickstart import quickstart
 
@@ -123,7 +123,7 @@ def _first_comment(path: Path) -> str:
 
 def main() -> None:
     """Entry point of the `vlm` command."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":

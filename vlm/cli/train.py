@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vlm.cli.errors import one_line_errors
+from vlm.cli.errors import one_line_errors, run
 from vlm.cli.processes import leave_the_group
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -46,7 +46,7 @@ def train(
 
 def main() -> None:
     """Entry point of the `vlm-train` command."""
-    app()
+    run(app)
 
 
 if __name__ == "__main__":
