@@ -1,16 +1,12 @@
 """A dual encoder's run depends on its recipe alone: negatives span the global batch however it is split."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from dual_parts import captions, dual_recipe
-from training_parts import losses, weights
+from training_parts import assert_same_runs, losses, train_in_processes
 
 from vlm import UnsupportedTask, VlmError, load_model, train
 from vlm.training.loop import Trainer
@@ -24,10 +20,8 @@ def data(tmp_path):
     return captions(tmp_path / "data")
 
 
-def _same(one: Path, other: Path, **tolerance: float) -> None:
-    tolerance = tolerance or {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(losses(one), losses(other), **tolerance)
-    torch.testing.assert_close(weights(one), weights(other), **tolerance)
+def _same(one: Path, other: Path) -> None:
+    assert_same_runs(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["itc", "sigmoid_itc"])
@@ -84,26 +78,15 @@ def test_the_number_of_processes_does_not_change_the_result(tiny_folder, data, t
     train(dual_recipe(tiny_folder, data, tmp_path / "one", trainable=BOTH, train=section), quiet=True)
     many = {**section, "micro_batch_size": micro_batch}
     recipe = dual_recipe(tiny_folder, data, tmp_path / "many", trainable=BOTH, train=many)
-    _run(recipe, tmp_path, processes)
+    train_in_processes(recipe, tmp_path, processes)
     _same(tmp_path / "one", tmp_path / "many")
 
 
 def test_a_process_without_a_pair_still_takes_part(tiny_folder, data, tmp_path):
     section = {"batch_size": 2, "steps": 3}
     train(dual_recipe(tiny_folder, data, tmp_path / "one", train=section), quiet=True)
-    _run(dual_recipe(tiny_folder, data, tmp_path / "many", train=section), tmp_path, 3)
+    train_in_processes(dual_recipe(tiny_folder, data, tmp_path / "many", train=section), tmp_path, 3)
     _same(tmp_path / "one", tmp_path / "many")
-
-
-def _run(recipe, folder, processes):
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "-m", "vlm.cli.train", str(file)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("pool", ["pooled", "cls", "mean", "attention"])

@@ -1,9 +1,6 @@
 """The Q-Former model: its tasks, its training however a batch is split, and what it says to bad input."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from dual_parts import captions
 from generative_parts import pictures
 from tiny_models import randomize, tiny_bert, tiny_hf_image_model
-from training_parts import STEADY_EPS, losses, weights
+from training_parts import STEADY_EPS, assert_same_runs, train_in_processes, weights
 
 from vlm import UnsupportedTask, VlmError, load_model, train
 from vlm.model_spec import QFormerSpec
@@ -176,8 +172,7 @@ def test_stage_one_learns_and_the_model_loads(tiny_folder: Callable[..., Path], 
 
 
 def _same(one: Path, other: Path) -> None:
-    torch.testing.assert_close(losses(one), losses(other), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(weights(one), weights(other), rtol=1e-3, atol=1e-4)
+    assert_same_runs(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -197,15 +192,7 @@ def test_the_number_of_processes_does_not_change_the_result(
     section = {"batch_size": batch, "steps": 3}
     train(qformer_recipe(tiny_folder, data, tmp_path / "one", train=section), quiet=True)
     many = {**section, "micro_batch_size": micro_batch}
-    file = tmp_path / "recipe.yaml"
-    recipe = qformer_recipe(tiny_folder, data, tmp_path / "many", train=many)
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "-m", "vlm.cli.train", str(file)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    train_in_processes(qformer_recipe(tiny_folder, data, tmp_path / "many", train=many), tmp_path, processes)
     _same(tmp_path / "one", tmp_path / "many")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from generative_parts import generative_spec
-from training_parts import conversations, losses, tiny_recipe, weights
+from training_parts import assert_same_runs, conversations, tiny_recipe
 
 from vlm import VlmError, train
 from vlm.models.build import build_model
@@ -45,11 +45,6 @@ def _launch(folder, *runs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def _same(one, other):
-    torch.testing.assert_close(losses(one), losses(other), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(weights(one), weights(other), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -130,26 +125,26 @@ def one(recipe, folder):
 
 
 def test_shards_do_not_change_the_result(sharded, one, folder):
-    _same(one, folder / "shards")
+    assert_same_runs(one, folder / "shards")
 
 
 def test_a_language_model_that_learns_as_a_whole_is_sharded_too(sharded, whole_language_model, folder):
     train(whole_language_model("one-language"), quiet=True)
-    _same(folder / "one-language", folder / "shards-language")
+    assert_same_runs(folder / "one-language", folder / "shards-language")
 
 
 def test_processes_with_and_without_pictures_stay_together(sharded, mixed, folder):
     train(mixed("one-mixed"), quiet=True)
-    _same(folder / "one-mixed", folder / "shards-mixed")
+    assert_same_runs(folder / "one-mixed", folder / "shards-mixed")
 
 
 def test_a_whole_run_goes_on_sharded(sharded, one, folder):
-    _same(one, folder / "begun-whole")
+    assert_same_runs(one, folder / "begun-whole")
 
 
 def test_a_sharded_run_goes_on_whole(sharded, one, recipe, folder):
     train(_back_at_step_3(recipe("begun-sharded", fsdp=True), fsdp=False), resume=True, quiet=True)
-    _same(one, folder / "begun-sharded")
+    assert_same_runs(one, folder / "begun-sharded")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """The result of a run depends on its recipe alone."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from training_parts import conversations, losses, tiny_recipe, weights
+from training_parts import (
+    assert_same_runs,
+    conversations,
+    losses,
+    tiny_recipe,
+    train_command,
+    train_in_processes,
+    weights,
+)
 
 from vlm import load_model, train
 from vlm.errors import VlmError
@@ -23,12 +28,6 @@ from vlm.training.run_folder import RunFolder
 @pytest.fixture
 def data(tmp_path):
     return conversations(tmp_path / "data")
-
-
-def _same(one: Path, other: Path, **tolerance: float) -> None:
-    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(losses(one), losses(other), **tolerance)
-    torch.testing.assert_close(weights(one), weights(other), **tolerance)
 
 
 def test_training_lowers_the_loss_and_the_model_loads(tiny_folder, data, tmp_path):
@@ -49,8 +48,8 @@ def test_micro_batches_do_not_change_the_result(tiny_folder, data, tmp_path):
     train(tiny_recipe(tiny_folder, data, tmp_path / "whole"), quiet=True)
     train(tiny_recipe(tiny_folder, data, tmp_path / "one", micro_batch_size=1), quiet=True)
     train(tiny_recipe(tiny_folder, data, tmp_path / "three", micro_batch_size=3), quiet=True)
-    _same(tmp_path / "whole", tmp_path / "one")
-    _same(tmp_path / "whole", tmp_path / "three")
+    assert_same_runs(tmp_path / "whole", tmp_path / "one")
+    assert_same_runs(tmp_path / "whole", tmp_path / "three")
 
 
 def test_threads_that_read_ahead_do_not_change_the_result(tiny_folder, data, tmp_path):
@@ -58,7 +57,7 @@ def test_threads_that_read_ahead_do_not_change_the_result(tiny_folder, data, tmp
     train(recipe, quiet=True)
     section = recipe.data.model_copy(update={"workers": 3, "cache_features": False})
     train(recipe.model_copy(update={"data": section, "output": str(tmp_path / "ahead")}), quiet=True)
-    _same(tmp_path / "plain", tmp_path / "ahead")
+    assert_same_runs(tmp_path / "plain", tmp_path / "ahead")
 
 
 def test_metrics_go_to_tensorboard_where_asked(tiny_folder, data, tmp_path):
@@ -72,16 +71,15 @@ def test_cached_features_do_not_change_the_result(tiny_folder, data, tmp_path):
     train(recipe, quiet=True)
     section = recipe.data.model_copy(update={"cache_features": False})
     train(recipe.model_copy(update={"data": section, "output": str(tmp_path / "computed")}), quiet=True)
-    _same(tmp_path / "cached", tmp_path / "computed")
+    assert_same_runs(tmp_path / "cached", tmp_path / "computed")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_number_of_processes_does_not_change_the_result(tiny_folder, data, tmp_path, processes):
     train(tiny_recipe(tiny_folder, data, tmp_path / "one"), quiet=True)
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "many", micro_batch_size=1)
-    done = _command(recipe, tmp_path, launcher=["-m", "torch.distributed.run", f"--nproc-per-node={processes}"])
-    assert done.returncode == 0, done.stderr[-2000:]
-    _same(tmp_path / "one", tmp_path / "many")
+    train_in_processes(recipe, tmp_path, processes)
+    assert_same_runs(tmp_path / "one", tmp_path / "many")
 
 
 def test_an_interrupted_run_goes_on_exactly(tiny_folder, data, tmp_path):
@@ -99,25 +97,25 @@ def test_an_interrupted_run_goes_on_exactly(tiny_folder, data, tmp_path):
     assert not trainer.train().finished
     assert newest_checkpoint(tmp_path / "halves" / "checkpoints").step == 5
     assert train(recipe, resume=True, quiet=True).finished
-    _same(tmp_path / "through", tmp_path / "halves", rtol=0, atol=0)
+    assert_same_runs(tmp_path / "through", tmp_path / "halves", rtol=0, atol=0)
 
 
 def test_a_run_killed_in_the_middle_goes_on_exactly(tiny_folder, data, tmp_path):
     train(tiny_recipe(tiny_folder, data, tmp_path / "through", steps=8, checkpoint_every=2), quiet=True)
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "killed", steps=8, checkpoint_every=2)
-    process = _command(recipe, tmp_path, wait=False)
+    process = _started(recipe, tmp_path)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 5):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert train(recipe, resume=True, quiet=True).finished
-    _same(tmp_path / "through", tmp_path / "killed", rtol=1e-6, atol=1e-7)
+    assert_same_runs(tmp_path / "through", tmp_path / "killed", rtol=1e-6, atol=1e-7)
 
 
 def test_sigterm_finishes_the_step_and_exits_cleanly(tiny_folder, data, tmp_path):
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=100_000, checkpoint_every=50_000, log_every=1)
-    process = _command(recipe, tmp_path, wait=False)
+    process = _started(recipe, tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.05)
@@ -126,15 +124,8 @@ def test_sigterm_finishes_the_step_and_exits_cleanly(tiny_folder, data, tmp_path
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
-def _command(recipe, folder, launcher=(), wait=True):
-    import yaml
-
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    command = [sys.executable, *launcher, "-m", "vlm.cli.train", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if wait:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def _started(recipe, folder):
+    command, environment = train_command(recipe, folder)
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

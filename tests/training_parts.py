@@ -1,10 +1,15 @@
 """A tiny recipe over tiny parts, trainable in a second."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from generative_parts import generative_spec, pictures
 
 from vlm.recipe import Recipe
@@ -56,6 +61,29 @@ def losses(folder: Path) -> list[float]:
     """The loss of each logged step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line and not line.get("skipped")]
+
+
+def assert_same_runs(one: Path, other: Path, **tolerance: float) -> None:
+    """Two runs had the same losses and ended with the same weights."""
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(losses(one), losses(other), **tolerance)
+    torch.testing.assert_close(weights(one), weights(other), **tolerance)
+
+
+def train_command(recipe: Recipe, folder: Path, processes: int = 0) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of `vlm-train` on a recipe written to `folder`; under torchrun with processes."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return [sys.executable, *launcher, "-m", "vlm.cli.train", str(file)], environment
+
+
+def train_in_processes(recipe: Recipe, folder: Path, processes: int) -> None:
+    """Train a recipe in several processes."""
+    command, environment = train_command(recipe, folder, processes)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -4,12 +4,13 @@ Everything about n-grams is counted at once over the whole corpus: captions beco
 all lengths get numbers of their own, and scores are sums over rows (caption, n-gram, times).
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from vlm.errors import VlmError, did_you_mean
+from vlm.evaluation.named_scores import NamedScores
 from vlm.evaluation.ptb import ptb_tokenize
 
 ORDERS = 4  # longest n-gram
@@ -24,7 +25,7 @@ _SIGMA = 6.0  # of CIDEr-D's penalty on length
 
 
 @dataclass(frozen=True, eq=False)
-class CaptionScores(Mapping[str, float]):
+class CaptionScores(NamedScores):
     """Corpus scores by name, between 0 and 1 (CIDEr up to 10), as the official code gives them; papers print x100.
 
     per_image: id (or number, where captions came as a list) -> scores of its caption.
@@ -39,15 +40,6 @@ class CaptionScores(Mapping[str, float]):
     tokenizer: str = "ptb"
     words: list[str] = field(default_factory=list, repr=False)
     reference_words: list[list[str]] = field(default_factory=list, repr=False)
-
-    def __getitem__(self, key: str) -> float:
-        return self.scores[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.scores)
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 Caption = str | Sequence[str]

@@ -15,7 +15,7 @@ it answers lies anywhere between the last two; without ties all three rules equa
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlm.errors import VlmError, did_you_mean
+from vlm.evaluation.named_scores import NamedScores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ _NO_RANK = np.inf  # of a query that could not be asked, or whose right answer i
 
 
 @dataclass(frozen=True, eq=False)
-class RetrievalScores(Mapping[str, float]):
+class RetrievalScores(NamedScores):
     """Scores by name: `TR@1`, `IR@1`, ... and their sum `rsum` in per cent; median ranks (from 1) as `TR_median_rank`
     and `IR_median_rank`.
 
@@ -54,15 +55,6 @@ class RetrievalScores(Mapping[str, float]):
     folds: int
     top_texts: np.ndarray
     top_images: np.ndarray
-
-    def __getitem__(self, key: str) -> float:
-        return self.scores[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.scores)
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 @dataclass

@@ -3,17 +3,18 @@
 Where classes score the same, the one that comes first in the order of the classes is the guess.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vlm.errors import VlmError
+from vlm.evaluation.named_scores import NamedScores
 
 
 @dataclass(frozen=True, eq=False)
-class ZeroShotScores(Mapping[str, float]):
+class ZeroShotScores(NamedScores):
     """Scores by name, in per cent: `acc@1`, `acc@5`, ..., `mean_per_class_recall` (first guess, classes that occur).
 
     ranks: [N] the place of the right class among the guesses, from 0; inf where nothing was guessed.
@@ -23,15 +24,6 @@ class ZeroShotScores(Mapping[str, float]):
     scores: dict[str, float]
     ranks: np.ndarray
     contributions: dict[str, np.ndarray]
-
-    def __getitem__(self, key: str) -> float:
-        return self.scores[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.scores)
-
-    def __len__(self) -> int:
-        return len(self.scores)
 
 
 def zero_shot_scores(scores: Any, labels: Sequence[int], ks: Sequence[int] = (1, 5)) -> ZeroShotScores:
