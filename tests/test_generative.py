@@ -176,6 +176,8 @@ def test_captions_take_a_verbatim_prompt_and_chat_takes_messages(tiny_folder, tm
         lambda m, p: m.score(p, " "),
         lambda m, p: m.answer(p, "where is <image> now?"),
         lambda m, p: m.chat([{"role": "user", "content": [{"type": "video"}]}]),
+        lambda m, p: m.chat(["what is it?"]),
+        lambda m, p: m.chat([{"role": "user", "content": ["what is it?"]}]),
     ],
 )
 def test_what_cannot_be_asked_is_an_error_in_words(tiny_folder, tmp_path, call):

@@ -12,9 +12,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device asked for, else CUDA, else Apple's MPS, else the CPU. Raises VlmError if it is not there."""
     if device is not None:
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise VlmError(f"device {str(device)!r} was asked for, but no CUDA device is visible")
+        try:
+            chosen = torch.device(device)
+        except RuntimeError as error:
+            raise VlmError(f"device {str(device)!r}: expected cpu, cuda, cuda:N or mps") from error
+        seen = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if (chosen.index or 0) >= seen.get(chosen.type, 1):
+            there = f"{seen[chosen.type] or 'no'} {chosen.type} device"
+            raise VlmError(f"device {str(device)!r} was asked for, but {there} is visible")
         return chosen
     if torch.cuda.is_available():
         # Of several processes on one machine each has a device of its own, as torchrun numbers them.

@@ -414,12 +414,16 @@ class GenerativeModel(TaskModel):
 
 def _turn(message: dict[str, Any]) -> tuple[Message, list[Any]]:
     """One chat message as text with placeholders, and its pictures."""
+    if not isinstance(message, dict):
+        raise VlmError(f"chat: a message is {{role: ..., content: ...}}, got {type(message).__name__}")
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or message.get("role") not in ("system", "user", "assistant"):
         raise VlmError("chat: a message is {role: system|user|assistant, content: text or a list of parts}")
     text, pictures = "", []
     for part in parts:
+        if not isinstance(part, dict):
+            raise VlmError(f"chat: a part is {{type: image|text, ...}}, got {type(part).__name__}")
         if part.get("type") == "image" and "image" in part:
             text += IMAGE_PLACEHOLDER + "\n"
             pictures.append(part["image"])
