@@ -154,6 +154,14 @@ def test_clearing_deletes_what_was_named_and_nothing_else(cache: Path, arguments
     assert (cache / "precious").is_dir()
 
 
+def test_answers_of_evaluations_are_listed_and_cleared(cache: Path) -> None:
+    (cache / "responses").mkdir()
+    (cache / "responses" / "abc.0.jsonl").write_text("{}\n")
+    assert "responses/abc.0.jsonl" in names(cache)
+    assert RUN.invoke(app, ["cache", "clear", "responses", "--yes"]).exit_code == 0
+    assert names(cache) == ["features/encoder-1", "models/model-1", "data/set-1"]
+
+
 def test_clearing_asks_first(cache: Path) -> None:
     assert RUN.invoke(app, ["cache", "clear"], input="n\n").exit_code == 1
     assert len(names(cache)) == 3

@@ -21,6 +21,7 @@ KINDS = {
     "models": "converted models",
     "data": "prepared data",
     "shards": "indexes of shards",
+    "responses": "answers of evaluated models",
 }
 
 
@@ -42,7 +43,8 @@ def entries() -> list[Entry]:
     """Everything that is kept, by name."""
     root = cache_dir()
     folders = [path for kind in KINDS if (root / kind).is_dir() for path in sorted((root / kind).iterdir())]
-    return [Entry(path.relative_to(root).as_posix(), path, _size(path)) for path in folders if path.is_dir()]
+    kept = [path for path in folders if path.is_dir() or path.suffix == ".jsonl"]  # beside them lie lock files
+    return [Entry(path.relative_to(root).as_posix(), path, _size(path)) for path in kept]
 
 
 @app.command("list")
@@ -64,7 +66,8 @@ def list_cache(as_json: AsJson = False) -> None:
 @app.command()
 def clear(
     name: Annotated[
-        str | None, typer.Argument(help="An entry of `vlm cache list`, or a kind: features, models, data, shards.")
+        str | None,
+        typer.Argument(help="An entry of `vlm cache list`, or a kind: features, models, data, shards, responses."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
@@ -80,7 +83,7 @@ def clear(
         typer.confirm(f"delete {total}?", abort=True)
     for entry in chosen:
         # A link is somebody's own arrangement: it goes, what it points to stays.
-        entry.path.unlink() if entry.path.is_symlink() else shutil.rmtree(entry.path)
+        shutil.rmtree(entry.path) if entry.path.is_dir() and not entry.path.is_symlink() else entry.path.unlink()
     typer.echo(f"deleted {total}")
 
 
@@ -97,8 +100,8 @@ def _chosen(found: list[Entry], name: str | None) -> list[Entry]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    total = 0
+    """Bytes of a file, or of all files in a folder."""
+    total = folder.stat().st_size if folder.is_file() else 0
     for parent, _, files in os.walk(folder):
         for file in files:
             try:
