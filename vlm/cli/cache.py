@@ -67,7 +67,7 @@ def list_cache(as_json: AsJson = False) -> None:
 def clear(
     name: Annotated[
         str | None,
-        typer.Argument(help="An entry of `vlm cache list`, or a kind: features, models, data, shards, responses."),
+        typer.Argument(help=f"An entry of `vlm cache list`, or a kind: {', '.join(KINDS)}."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
