@@ -147,6 +147,16 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_free(tiny_fol
     assert train(recipe, quiet=True).finished
 
 
+def test_lines_of_metrics_that_are_none_do_not_stop_a_resumed_run(tiny_folder, data, tmp_path):
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=1)
+    train(recipe, quiet=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'[1]\n{"a": 1}\n{"step": "x"}\n{"step": 1, "lo\xff')
+    assert train(recipe, resume=True, quiet=True).finished
+    assert metrics.read_bytes() == whole
+
+
 def test_two_runs_in_one_folder_exclude_each_other(tiny_folder, data, tmp_path):
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=1)
     with RunFolder(recipe.output).alone(), pytest.raises(VlmError, match="another process trains in"):

@@ -112,6 +112,7 @@ def _tokenize(
     for piece in pieces:
         literal = literals.get(piece)
         options = {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False}
+        options["verbose"] = False  # no warning of texts longer than the context: those are cut later
         if literal is None:
             encoded = tokenizer(piece, **options)
         else:

@@ -82,17 +82,16 @@ class RunFolder:
             raise VlmError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop metrics of steps that a resumed run does again (and a last line torn by a kill)."""
+        """Drop metrics of steps that a resumed run does again, and lines that a kill tore or that are none."""
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
                 continue
-            if entry["step"] <= step:
-                kept.append(line)
         self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def log(self, entry: dict[str, Any]) -> None:
