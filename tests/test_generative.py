@@ -177,6 +177,10 @@ def test_captions_take_a_verbatim_prompt_and_chat_takes_messages(tiny_folder, tm
         lambda m, p: m.answer(p, "where is <image> now?"),
         lambda m, p: m.chat([{"role": "user", "content": [{"type": "video"}]}]),
         lambda m, p: m.chat(["what is it?"]),
+        lambda m, p: m.answer(p, "what?", max_new_tokens=0),
+        lambda m, p: m.answer(p, "what?", max_new_tokens="many"),
+        lambda m, p: m.answer(p, "what?", max_new_token=3),
+        lambda m, p: m.caption(p, do_sample=True, temperature=-1.0),
         lambda m, p: m.chat([{"role": "user", "content": ["what is it?"]}]),
     ],
 )

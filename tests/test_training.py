@@ -213,6 +213,9 @@ def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tiny_folder, data
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.warns(UserWarning, match="step-00000006"):
         assert newest_checkpoint(folder).step == 3
+    (folder / "step-00000003" / "state.json").write_text("[]")
+    with pytest.warns(UserWarning, match="step-00000003"):
+        assert newest_checkpoint(folder) is None
 
 
 def test_losses_that_are_not_finite_stop_the_run_with_the_samples_named(tiny_folder, data, tmp_path):

@@ -49,7 +49,8 @@ def validate(schema: type[Schema], content: dict[str, Any], where: str) -> Schem
         problems = []
         for problem in error.errors():
             key, text = _key(problem["loc"], content), problem["msg"].removeprefix("Value error, ")
-            given = "" if problem["type"] in _TELL_ALL else f" (got {_short(problem['input'])})"
+            told = problem["type"] in _TELL_ALL or isinstance(problem["input"], dict)
+            given = "" if told else f" (got {_short(problem['input'])})"
             if problem["type"].startswith("union_tag"):  # several kinds of mapping, told apart by `type`
                 kinds = [kind.strip().strip("'") for kind in problem["ctx"].get("expected_tags", "").split(",")]
                 tag = str(problem["ctx"].get("tag", ""))

@@ -23,7 +23,7 @@ def read_predictions(path: Path) -> list[tuple[str, Prediction]]:
     Raises VlmError that names the file and the row.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise VlmError(f"{path}: predictions cannot be read: {error}") from error
     return [_entry(row, f"{path}: row {number}") for number, row in enumerate(_rows(text, path), start=1)]
@@ -66,6 +66,8 @@ def _rows(text: str, path: Path) -> list[Any]:
             rows: list[Any] = json.loads(text)
         except json.JSONDecodeError as error:
             raise VlmError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
+        except RecursionError as error:
+            raise VlmError(f"{path}: not a list of rows: nested without end") from error
         return rows
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):

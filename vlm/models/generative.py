@@ -45,6 +45,7 @@ from vlm.model_spec import GenerativeSpec, QFormerProjectionSpec
 from vlm.models.counting import operations_per_token
 from vlm.models.freezing import set_mode
 from vlm.models.generation import Prompt, generate_texts, picture_key
+from vlm.models.generation_arguments import check_generation
 from vlm.models.tasks import TaskModel
 from vlm.objectives.lm import token_log_probs
 from vlm.objectives.objective import ReadOuts
@@ -263,6 +264,7 @@ class GenerativeModel(TaskModel):
         generation: arguments of transformers' `generate` (greedy by default). Questions about one picture share its
         encoding and its prefix. Raises VlmError for empty questions or unequal numbers, BrokenImage for a bad picture.
         """
+        check_generation(generation)
         asked = [questions] if isinstance(questions, str) else list(questions)
         if any(not question.strip() for question in asked):
             raise VlmError("answer: a question is empty")
@@ -282,6 +284,7 @@ class GenerativeModel(TaskModel):
 
         Without one, the model's own request for a caption (`caption_prompt` in its template) is used.
         """
+        check_generation(generation)
         pictures = as_list(images)
         if prompt is None:
             prompts = [self._prompt(self.caption_messages(), (picture,), generation) for picture in pictures]
@@ -392,6 +395,7 @@ class GenerativeModel(TaskModel):
 
     def say(self, turns: Sequence[Message], pictures: Sequence[Any], **generation: Any) -> str:
         """The assistant's next turn in a conversation whose text marks each picture with `<image>`."""
+        check_generation(generation)
         return self._generate([self._prompt(turns, tuple(pictures), generation)], generation)[0]
 
     def _generate(self, prompts: list[Prompt], generation: dict[str, Any]) -> list[str]:

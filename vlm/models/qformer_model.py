@@ -21,6 +21,7 @@ from vlm.data.text_batch import TextBatch
 from vlm.errors import VlmError
 from vlm.model_spec import QFormerSpec
 from vlm.models.freezing import set_mode
+from vlm.models.generation_arguments import check_generation
 from vlm.models.tasks import TaskModel
 from vlm.objectives.itm import NONE
 from vlm.objectives.matching import HardNegatives
@@ -303,6 +304,7 @@ class QFormerModel(TaskModel):
 
         if not self.has_word_head:
             raise UnsupportedTask(f"{self.spec.bridge.init} has no head that says words: it cannot `caption`")
+        check_generation(generation)
         opening = [self.tokenizer.start]
         if prompt:
             opening += self.tokenizer.ids([prompt], self.spec.text_length)[0][1:-1]  # without [CLS] and [SEP]

@@ -75,6 +75,8 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         checkpoint = None
         try:
             checkpoint = Checkpoint(candidate, json.loads((candidate / _STATE).read_text()))
+            if checkpoint.step < 0 or not {"broken", "scaler"} <= checkpoint.state.keys():
+                raise ValueError(f"{_STATE} lacks what a run goes on with")
             checkpoint.weights()
             checkpoint.optimizer()
             return checkpoint
