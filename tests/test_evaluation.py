@@ -168,6 +168,17 @@ def test_output_goes_into_the_run_folder_of_a_named_model(
     assert evaluate(benchmark, "some/name", progress=False).output == Path("eval-results/toy")
 
 
+def test_a_place_where_results_cannot_be_written_is_told_before_the_model_is_asked(
+    benchmark: str, tmp_path: Path
+) -> None:
+    model = FakeModel()
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(VlmError, match="results cannot be written there"):
+            evaluate(benchmark, model, output=place, progress=False)
+    assert not model.calls
+
+
 def test_overrides_reach_into_the_benchmark(benchmark: str) -> None:
     model = FakeModel()
     result = evaluate(benchmark, model, overrides=["protocol=lmms", "decoding.num_beams=4"], progress=False)
@@ -223,6 +234,8 @@ def test_predictions_for_all_records_can_be_scored_with_a_limit(benchmark: str, 
         ('{"id": "0-0", "prediction": "red"}\nnonsense\n', r"given\.json:2: not JSON"),
         ("[1, 2", "not JSON"),
         ("[7]", "found int"),
+        ("\ufeff[7]", "row 1: .*found int"),  # as Windows' editors begin a file
+        ("[" * 50_000, "nested without end"),
     ],
 )
 def test_a_wrong_file_of_predictions_is_an_error_that_says_why(
