@@ -17,7 +17,7 @@ def pick_device(device: str | torch.device | None = None) -> torch.device:
         except RuntimeError as error:
             raise VlmError(f"device {str(device)!r}: expected cpu, cuda, cuda:N or mps") from error
         seen = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-        if (chosen.index or 0) >= seen.get(chosen.type, 1):
+        if not 0 <= (chosen.index or 0) < seen.get(chosen.type, 1):  # torch wraps numbers above 127 around
             there = f"{seen[chosen.type] or 'no'} {chosen.type} device"
             raise VlmError(f"device {str(device)!r} was asked for, but {there} is visible")
         return chosen
