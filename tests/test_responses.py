@@ -85,7 +85,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_left_alone(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     log = tmp_path / "asked.txt"
     assert run(benchmark, log, tmp_path / "killed", "die") == -signal.SIGKILL
-    assert not (tmp_path / "killed").exists()
+    assert not (tmp_path / "killed" / "results.json").exists()
     before = log.read_text().splitlines()
     (kept,) = (tmp_path / "cache" / "responses").glob("*.jsonl")
     with kept.open("a") as file:

@@ -18,7 +18,7 @@ from vlm.data.prompts import Labels, label_prompts
 from vlm.data.records import Record
 from vlm.data.samples import Sample, caption_samples, only_caption
 from vlm.data.text_batch import TextBatch
-from vlm.errors import VlmError
+from vlm.errors import UnsupportedTask, VlmError
 from vlm.model_spec import QFormerSpec
 from vlm.models.freezing import set_mode
 from vlm.models.generation_arguments import check_generation
