@@ -1,5 +1,7 @@
 """GQA, A-OKVQA, ScienceQA, MMBench, POPE and MME by cases counted by hand."""
 
+import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +10,12 @@ from hypothesis import strategies as st
 
 from vlm.data.records import Record
 from vlm.errors import VlmError
+from vlm.evaluation import lemmas
 from vlm.evaluation.answers import score_aokvqa, score_gqa
 from vlm.evaluation.benchmark import load_benchmark
 from vlm.evaluation.choices import choice_of, letter_of, score_choices, score_circular, score_scienceqa
 from vlm.evaluation.intervals import Parts, bootstrap_interval
+from vlm.evaluation.lemmas import lemmatized
 from vlm.evaluation.task import Job, Prediction
 from vlm.evaluation.tasks import SCORERS, TASKS, filled_prompt
 from vlm.evaluation.yes_no import mme_answer, pope_answer, score_mme, score_pope
@@ -201,3 +205,34 @@ def test_a_shipped_benchmark_is_about_a_data_set_that_has_its_split(name: str) -
         assert entry.source
         for key in entry.settings:
             assert key.split(".")[0] in type(plan).model_fields, key
+
+
+def test_a_prompt_names_the_text_found_in_the_picture() -> None:
+    record = Record("1", ("p.jpg",), question="what brand?", meta={"ocr_tokens": ["COCA", "Cola, {question}"]})
+    assert filled_prompt("{question}\nReference OCR token: {ocr}\nBriefly.", record) == (
+        "what brand?\nReference OCR token: COCA, Cola, {question}\nBriefly."
+    )
+    assert filled_prompt("{ocr}|{question}", Record("2", question="q")) == "|q"
+
+
+def test_nouns_and_verbs_become_lemmas_and_other_words_stay() -> None:
+    tokens = [
+        SimpleNamespace(pos_=kind, lemma_=lemma, text=text)
+        for kind, lemma, text in (("NOUN", "dog", "dogs"), ("VERB", "run", "running"), ("ADJ", "good", "better"))
+    ]
+    assert lemmatized(tokens) == "dog run better"
+
+
+def test_lemmas_are_compared_as_the_code_of_2017_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(text: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(pos_="NOUN", lemma_=word.removesuffix("s"), text=word) for word in text.split()]
+
+    monkeypatch.setattr(lemmas, "_parser", lambda: words)
+    records = [Record(str(n), ("p.jpg",), question="?", answers=("dog",) * 4 + ("cat",) * 6) for n in range(3)]
+    assert SCORERS["lavis-okvqa"](records, ["dogs", "cow", None]).per_sample == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("en_core_web_sm") is not None, reason="spaCy's model is installed")
+def test_lemmas_without_spacy_say_what_to_install() -> None:
+    with pytest.raises(VlmError, match="python -m spacy download en_core_web_sm"):
+        SCORERS["lavis-okvqa"]([Record("1", ("p.jpg",), question="?", answers=("dog",))], ["dogs"])

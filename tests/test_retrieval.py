@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vlm.errors import VlmError
 from vlm.evaluation import retrieval
+from vlm.evaluation.intervals import Medians
 from vlm.evaluation.retrieval import TIE_RULES, retrieval_recall
 
 
@@ -175,3 +176,24 @@ def test_what_cannot_be_scored_is_an_error(change: dict, message: str) -> None:
 
 def test_one_picture_with_one_caption_is_found() -> None:
     assert retrieval_recall([[1.0]], [[1.0]], [0])["rsum"] == 600
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 3))
+def test_medians_of_resamples_are_those_of_the_repeated_samples(seed: int, folds: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(1, 9, 12).astype(float)
+    values[rng.random(12) < 0.2] = np.nan
+    groups = np.arange(12) % folds
+    times = rng.integers(1, 4, (3, 12))
+    expected = [
+        np.mean(
+            [
+                np.nanmedian(np.repeat(values, row)[np.repeat(groups, row) == g])
+                for g in range(folds)
+                if not np.isnan(values[groups == g]).all()
+            ]
+        )
+        for row in times
+    ]
+    np.testing.assert_allclose(Medians(values, groups).of(times), expected)

@@ -105,6 +105,14 @@ def test_textvqa_keeps_ten_answers(tmp_path: Path) -> None:
     assert (records[0].id, records[0].answers[:2]) == ("34602", ("dakota", "clos culombu"))
     assert records[0].images == (str(tmp_path / "003a8ae2ef43b901.jpg"),)
     assert [b.reason for b in broken] == ["`answers` holds 5, expected text"]
+    assert "ocr_tokens" not in records[0].meta
+    words = {"data": [{"image_id": "003a8ae2ef43b901", "ocr_tokens": ["dakota", "DIGITAL"], "ocr_info": []}]}
+    beside = write(tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json", words)
+    records, _ = read_records("textvqa", file, "val", images=tmp_path)
+    assert records[0].meta["ocr_tokens"] == ["dakota", "DIGITAL"]
+    beside.write_text('{"data": [{"image_id": "1"}]}')
+    with pytest.raises(VlmError, match="expected `data` with image_id and ocr_tokens"):
+        read_records("textvqa", file, "val", images=tmp_path)
 
 
 def test_vizwiz_is_known_by_its_picture(tmp_path: Path) -> None:

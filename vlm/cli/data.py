@@ -120,6 +120,70 @@ def shard(
         )
 
 
+@app.command()
+def recaption(
+    dataset: Annotated[
+        str, typer.Argument(help="A data set of `vlm data list`, a YAML file, or with --format a path.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the shards; one begun before goes on.")],
+    captioner: Annotated[str | None, typer.Option(help="A model that writes captions.")] = None,
+    matcher: Annotated[str | None, typer.Option(help="A model that says which captions match (Q-Former).")] = None,
+    threshold: Annotated[float, typer.Option(help="Captions less probable to match are dropped.")] = 0.5,
+    split: Annotated[str, typer.Option(help="The split to read.")] = "train",
+    format: Annotated[str | None, typer.Option(help="How to read a file or folder of yours, e.g. webdataset.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of the pictures, if not the data set's own.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the captioner is given, verbatim; else its own.")] = None,
+    captions: Annotated[int, typer.Option(help="Captions to write for a picture.")] = 1,
+    top_p: Annotated[float, typer.Option(help="Nucleus that captions are sampled from.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampling.")] = 1.0,
+    min_new_tokens: Annotated[int, typer.Option(help="A caption's least tokens.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(help="A caption's most tokens.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    size: Annotated[int, typer.Option(help="Records in a shard, where the data set is not in shards.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(help="Pictures at once, at most 32.")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Write captions for pictures and keep those, the web's and the new ones, that match (BLIP's CapFilt), as shards.
+
+    Also under torchrun: processes take the shards in turn. A run that was killed goes on when started again.
+    """
+    from vlm.evaluation.responses import processes
+    from vlm.models.capfilt import Recaptioning, pieces_of, recaption
+
+    settings = Recaptioning(
+        captioner=captioner,
+        matcher=matcher,
+        threshold=threshold,
+        prompt=prompt,
+        captions=captions,
+        top_p=top_p,
+        temperature=temperature,
+        min_new_tokens=min_new_tokens,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        size=size,
+        batch_size=batch_size,
+    )
+    settings.check()
+    pieces, notes = pieces_of(dataset, split, size, format, images)
+    from vlm.loading import load_model
+
+    writer = load_model(captioner) if captioner else None
+    judge = writer if matcher == captioner else load_model(matcher) if matcher else None
+    rank, world = processes()
+    total = recaption(pieces, output, settings, writer, judge, (rank, world), notes)
+    if total is None:
+        typer.echo(f"process {rank} of {world} has done its shards", err=True)
+    elif as_json:
+        typer.echo(json.dumps(total))
+    else:
+        typer.echo(
+            f"{total['records']:,} records, {total['broken']:,} broken; kept {total['web_kept']:,} of {total['web']:,} "
+            f"web captions and {total['synthetic_kept']:,} of {total['synthetic']:,} synthetic ones: "
+            f"{total['records_kept']:,} records in {output}"
+        )
+
+
 def _safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name) or "shard"
 

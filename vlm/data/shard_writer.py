@@ -86,12 +86,21 @@ def _fill(
         start = sum(sizes.values())
         with tarfile.open(folder / shard, "w", format=tarfile.USTAR_FORMAT) as archive:
             for number, files in enumerate(chain([first], islice(samples, size - 1))):
-                for suffix, content in files:
-                    member = tarfile.TarInfo(f"{start + number:09d}.{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+                _add(archive, files, start + number)
                 sizes[shard] = number + 1
     return sizes, broken
+
+
+def add_record(archive: tarfile.TarFile, record: Record, number: int) -> None:
+    """Add a record to a shard, under its number. Raises BrokenImage, and has added nothing then."""
+    _add(archive, _files(record), number)
+
+
+def _add(archive: tarfile.TarFile, files: list[tuple[str, bytes]], number: int) -> None:
+    for suffix, content in files:
+        member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
 
 
 def _files(record: Record) -> list[tuple[str, bytes]]:

@@ -20,12 +20,36 @@ class Parts:
     metric: Callable[[np.ndarray], np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
+class Medians:
+    """The mean over groups of the median of their samples, as of ranks.
+
+    values: [N], NaN for samples that have no part. groups: [N] numbers of the groups (folds).
+    """
+
+    values: np.ndarray
+    groups: np.ndarray
+
+    def of(self, times: np.ndarray) -> np.ndarray:
+        """The metric [R] where sample i occurs times[r, i] times."""
+        found = []
+        for group in np.unique(self.groups[~np.isnan(self.values)]):
+            chosen = np.flatnonzero((self.groups == group) & ~np.isnan(self.values))
+            chosen = chosen[np.argsort(self.values[chosen], kind="stable")]
+            up_to = times[:, chosen].cumsum(axis=1)  # [R, n]
+            total = up_to[:, -1:]
+            last = len(chosen) - 1
+            lower, upper = ((up_to <= at).sum(axis=1).clip(max=last) for at in ((total - 1) // 2, total // 2))
+            found.append((self.values[chosen[lower]] + self.values[chosen[upper]]) / 2)
+        return np.mean(found, axis=0)
+
+
 def bootstrap_interval(
-    values: Sequence[float] | Parts, clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
+    values: Sequence[float] | Parts | Medians, clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of `values`, resampling whole clusters with replacement.
 
-    values, clusters: [N] scores (or `Parts`), and what they belong to (a question's picture). The result has the unit
+    values, clusters: [N] scores (or `Parts`, or `Medians`), and what they belong to (a question's picture). The result has the unit
     of `values`.
     Cluster bootstrap: Davison and Hinkley (1997), section 3.8; Miller (2024) on why evaluations need it.
 
@@ -36,24 +60,26 @@ def bootstrap_interval(
 
 
 def bootstrap(
-    values: Sequence[float] | Parts, clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
+    values: Sequence[float] | Parts | Medians, clusters: Sequence[Hashable], seed: int = 0, resamples: int = 1000
 ) -> np.ndarray:
     """The metric [R] of each resample; the same clusters and seed draw the same, so that two runs can be compared."""
-    parts = values if isinstance(values, Parts) else mean_parts(values)
-    if len(parts.rows) != len(clusters) or not len(clusters):
-        raise ValueError(f"{len(parts.rows)} values for {len(clusters)} clusters: give as many of both, at least one")
+    parts = values if isinstance(values, (Parts, Medians)) else mean_parts(values)
+    count = len(parts.rows if isinstance(parts, Parts) else parts.values)
+    if count != len(clusters) or not len(clusters):
+        raise ValueError(f"{count} values for {len(clusters)} clusters: give as many of both, at least one")
     numbers: dict[Hashable, int] = {}
     member = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters])  # [N]
     n = len(numbers)
-    sums = np.zeros((n, parts.rows.shape[1]))  # [C, K]
-    np.add.at(sums, member, parts.rows)
+    sums = np.zeros((n, parts.rows.shape[1] if isinstance(parts, Parts) else 0))  # [C, K]
+    if isinstance(parts, Parts):
+        np.add.at(sums, member, parts.rows)
     rng = np.random.default_rng(seed)
     found: list[np.ndarray] = []
-    rows = max(1, _BLOCK // n)
+    rows = max(1, _BLOCK // (n if isinstance(parts, Parts) else count))
     for start in range(0, resamples, rows):
         # How often each cluster is drawn: the same as drawing n cluster numbers, without holding them.
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(rows, resamples - start))  # [R, C]
-        found.append(parts.metric(drawn @ sums))
+        found.append(parts.metric(drawn @ sums) if isinstance(parts, Parts) else parts.of(drawn[:, member]))
     return np.concatenate(found)
 
 

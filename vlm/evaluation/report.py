@@ -159,14 +159,21 @@ def _by_picture(samples: list[Sample]) -> list[list[Sample]]:
 
 
 def _choose(pictures: list[list[Sample]], most: int) -> list[list[Sample]]:
-    """At most `most` pictures in their order, evenly spread: five in six with something wrong, if there are as many."""
+    """At most `most` pictures in their order, evenly spread: five in six with something wrong, or the worst."""
     if len(pictures) <= most:
         return pictures
     wrong = [i for i, samples in enumerate(pictures) if any(kind_of(s.score) == "wrong" for s in samples)]
     right = sorted(set(range(len(pictures))) - set(wrong))
-    few_right = min(len(right), max(most // 6, most - len(wrong)))
-    picked = _spread(wrong, most - few_right) + _spread(right, few_right)
-    return [pictures[index] for index in sorted(picked)]
+    anywhere = min(len(right), most // 6)
+    picked = _spread(wrong, most - anywhere)
+    picked += _spread(right, anywhere)
+    # Where few are wrong, those that score least: captions are better or worse.
+    rest = sorted(set(right) - set(picked), key=lambda i: _mean(pictures[i]))
+    return [pictures[index] for index in sorted(picked + rest[: most - len(picked)])]
+
+
+def _mean(samples: list[Sample]) -> float:
+    return sum(sample.score for sample in samples) / len(samples)
 
 
 def _spread(items: list[int], count: int) -> list[int]:
@@ -183,7 +190,7 @@ def _card(samples: list[Sample]) -> str:
         shown = f'<img src="{picture}" alt="{name}" title="{escape(str(image))}" loading="lazy">'
     else:
         shown = f"<p>{name} cannot be read</p>" if image else "<p>no picture</p>"
-    return f"<article><div>{shown}</div><div>{''.join(map(_question, samples))}</div></article>"
+    return f"<article data-score={_mean(samples):.4f}><div>{shown}</div><div>{''.join(map(_question, samples))}</div></article>"
 
 
 def _question(sample: Sample) -> str:

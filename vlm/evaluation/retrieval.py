@@ -45,12 +45,16 @@ class RetrievalScores(NamedScores):
     recalls: for each of `TR@k` and `IR@k`, what every query got, 0 to 1: [M] pictures or [N] captions; NaN for
     pictures without captions, which ask nothing.
     contributions: the same, weighted so that their mean is the score (folds count alike, whatever their size).
+    ranks: of `TR` and `IR`, the rank from 1 that every query gave its right candidate; NaN for pictures without captions.
+    groups: of `TR` and `IR`, the fold of every query.
     top_texts [M,T], top_images [N,T]: the best candidates in order, -1 beyond their end; T is what was asked for.
     """
 
     scores: dict[str, float]
     recalls: dict[str, np.ndarray]
     contributions: dict[str, np.ndarray]
+    ranks: dict[str, np.ndarray]
+    groups: dict[str, np.ndarray]
     tie_rule: str
     folds: int
     top_texts: np.ndarray
@@ -281,6 +285,8 @@ def _scores(
     recalls: dict[str, np.ndarray] = {}
     contributions: dict[str, np.ndarray] = {}
     medians = {}
+    every_rank: dict[str, np.ndarray] = {}
+    groups: dict[str, np.ndarray] = {}
     for name, found, which in (("TR", text_results, 0), ("IR", image_results, 1)):
         asking = np.ones(len(found.higher), dtype=bool) if which else ~silent
         members = [part[which][asking[part[which]]] for part in parts]
@@ -293,10 +299,16 @@ def _scores(
             contributions[f"{name}@{k}"] = recall * found.weight
             scores[f"{name}@{k}"] = 100 * float(np.mean(contributions[f"{name}@{k}"][asking]))
         ranks = 1 + _ranks(found, tie_rule)
+        every_rank[name] = np.where(asking, ranks, np.nan)
+        groups[name] = np.zeros(len(ranks), dtype=np.int64)
+        for number, part in enumerate(parts):
+            groups[name][part[which]] = number
         medians[f"{name}_median_rank"] = float(np.mean([np.median(ranks[numbers]) for numbers in members]))
     scores["rsum"] = sum(scores.values())
     scores |= medians
-    return RetrievalScores(scores, recalls, contributions, tie_rule, len(parts), text_results.top, image_results.top)
+    return RetrievalScores(
+        scores, recalls, contributions, every_rank, groups, tie_rule, len(parts), text_results.top, image_results.top
+    )
 
 
 def _ranks(found: _Direction, tie_rule: str) -> np.ndarray:

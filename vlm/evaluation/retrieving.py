@@ -14,7 +14,7 @@ import numpy as np
 
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
-from vlm.evaluation.intervals import Parts
+from vlm.evaluation.intervals import Medians, Parts
 from vlm.evaluation.reranking import Pairs, match_pairs, rescored
 from vlm.evaluation.result import Sample
 from vlm.evaluation.retrieval import BLOCK, TIE_RULES, Rescore, RetrievalScores, retrieval_recall
@@ -195,7 +195,7 @@ def judge(job: Job, outputs: Embeddings, protocol: str) -> Judged:
         scores |= {f"ITC_{name}": job.diluted(before[name], asked[name[:2]]) for name in METRICS}
     _, _, k = job.plan.metric.partition("@")
     samples = _samples(outputs, found, k)
-    contributions: dict[str, list[float | None] | Parts] = {}
+    contributions: dict[str, list[float | None] | Parts | Medians] = {}
     shares: list[list[float | None]] = []
     for name in METRICS:
         mine: list[float | None] = found.contributions[name].tolist()
@@ -203,6 +203,9 @@ def judge(job: Job, outputs: Embeddings, protocol: str) -> Judged:
         shares.append([*mine, *[None] * captions] if name[:2] == "TR" else [*[None] * pictures, *mine])
         contributions[name] = shares[-1]
     contributions["rsum"] = _sum_of_means(shares)
+    for way, count_before, count_after in (("TR", 0, asked["IR"]), ("IR", asked["TR"], 0)):
+        values = np.pad(found.ranks[way], (count_before, count_after), constant_values=np.nan)
+        contributions[f"{way}_median_rank"] = Medians(values, np.pad(found.groups[way], (count_before, count_after)))
     return Judged(scores, samples, contributions)
 
 

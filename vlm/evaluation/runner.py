@@ -12,7 +12,7 @@ from vlm.data.records import Record
 from vlm.errors import VlmError
 from vlm.evaluation.baselines import blind_baselines
 from vlm.evaluation.benchmark import Benchmark, differences, load_benchmark
-from vlm.evaluation.intervals import Parts, bootstrap_interval
+from vlm.evaluation.intervals import Medians, Parts, bootstrap_interval
 from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
 from vlm.evaluation.responses import Responses, identity_of, processes
 from vlm.evaluation.result import EvaluationResult, Sample, write_result
@@ -239,9 +239,11 @@ def _score(
 
 
 def _interval(
-    samples: list[Sample], values: list[float | None] | Parts, unreadable: list[Sample], job: Job
+    samples: list[Sample], values: list[float | None] | Parts | Medians, unreadable: list[Sample], job: Job
 ) -> tuple[float, float]:
-    """The 95 % interval in per cent of a metric that some of the samples have a part in."""
+    """The 95 % interval, in per cent but for ranks, of a metric that some of the samples have a part in."""
+    if isinstance(values, Medians):
+        return bootstrap_interval(values, [s.image or s.id for s in samples])
     if isinstance(values, Parts):
         low, high = bootstrap_interval(values, [s.image or s.id for s in samples])
         return job.diluted(100 * low, len(samples)), job.diluted(100 * high, len(samples))

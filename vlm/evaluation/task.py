@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm.data.records import Record
-from vlm.evaluation.intervals import Parts
+from vlm.evaluation.intervals import Medians, Parts
 from vlm.evaluation.result import Sample
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class Judged:
 
     scores: every metric; in per cent, but for ranks. contributions: for metrics with an interval, what each sample adds
     (their mean is the score / 100, before unreadable records dilute it), None where it has no part in the metric; or
-    `Parts`, where the metric is no mean.
+    `Parts` or `Medians`, where the metric is no mean.
     tables: title -> name -> per cent.
     """
 
     scores: dict[str, float]
     samples: list[Sample]
-    contributions: Mapping[str, "list[float | None] | Parts"]
+    contributions: Mapping[str, "list[float | None] | Parts | Medians"]
     tables: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

@@ -9,6 +9,7 @@ from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation import classifying, describing, matching, retrieving
 from vlm.evaluation.answers import AnswerScores, Scorer, score_aokvqa, score_gqa
 from vlm.evaluation.choices import listed, score_choices, score_circular, score_scienceqa
+from vlm.evaluation.lemmas import score_lemmas
 from vlm.evaluation.result import Sample
 from vlm.evaluation.sharing import PREDICTION, Asking, in_batches
 from vlm.evaluation.task import Job, Judged, Metric, Prediction, Task, without_broken
@@ -24,6 +25,8 @@ def answer_questions(model: Any, job: Job, asking: Asking) -> list[Prediction]:
         raise UnsupportedTask(f"{type(model).__name__} cannot answer questions; generative models can")
     questions = [filled_prompt(job.plan.prompt, record) for record in job.records]
     images = [record.images for record in job.records]
+    if "{ocr}" in job.plan.prompt and not any("ocr_tokens" in record.meta for record in job.records):
+        raise VlmError(f"{job.plan.name}: the prompt asks for {{ocr}}, and no record says what text its picture holds")
 
     def call(batch: list[int]) -> list[Prediction]:
         return _answer(model, [images[n][0] for n in batch], [questions[n] for n in batch], job.plan.decoding)
@@ -33,10 +36,16 @@ def answer_questions(model: Any, job: Job, asking: Asking) -> list[Prediction]:
 
 
 def filled_prompt(prompt: str, record: Record) -> str:
-    """A prompt about a record: `{question}`, `{choices}` one a line (`A. first`), `{hint}` with a line break behind."""
+    """A prompt about a record: `{question}`, `{choices}` one a line (`A. first`), `{hint}` with a line break behind,
+    `{ocr}` the words that a reader of text found in the picture (TextVQA), parted by commas as LLaVA gives them."""
     hint = str(record.meta.get("hint") or "").strip()
-    values = {"question": record.question or "", "choices": listed(record), "hint": f"{hint}\n" if hint else ""}
-    return re.sub(r"\{(question|choices|hint)\}", lambda match: values[match[1]], prompt)
+    values = {
+        "question": record.question or "",
+        "choices": listed(record),
+        "hint": f"{hint}\n" if hint else "",
+        "ocr": ", ".join(map(str, record.meta.get("ocr_tokens") or ())),
+    }
+    return re.sub(r"\{(question|choices|hint|ocr)\}", lambda match: values[match[1]], prompt)
 
 
 def _answer(model: Any, images: list[str], questions: list[str], decoding: dict[str, Any]) -> list[Prediction]:
@@ -71,6 +80,7 @@ def _check_vqa(record: Record) -> None:
 SCORERS: dict[str, Scorer] = {
     "gqa": score_gqa,
     "aokvqa": score_aokvqa,
+    "lavis-okvqa": score_lemmas,
     "scienceqa": score_scienceqa,
     "choices": score_choices,
     "circular": score_circular,

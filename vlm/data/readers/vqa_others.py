@@ -1,5 +1,6 @@
 """Open questions in layouts of their own: A-OKVQA, GQA, TextVQA, VizWiz. Splits without answers give none."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,7 +89,8 @@ def read_gqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
 def read_textvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
     """TextVQA (Singh et al. 2019): `{data: [{question_id, image_id, question, answers}]}`.
 
-    `meta` holds `ocr_tokens` where the file has them. Raises VlmError for another layout.
+    `meta` holds `ocr_tokens` where the file has them, or the file of Rosetta's that lies beside it does
+    (`TextVQA_Rosetta_OCR_v0.2_val.json`). Raises VlmError for another layout.
     """
     file = file_of(path, split, (".json",))
     folder = images or file.parent
@@ -97,10 +99,14 @@ def read_textvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]
     if not isinstance(items, list):
         raise VlmError(f"{file}: expected a list `data` in a mapping (TextVQA)")
 
+    found_words = _rosetta(file)
+
     def record(_: int, item: Any) -> Record:
         need_mapping(item)
         image = checked_text(item.get("image_id"), "`image_id`")
         kept = {key: item[key] for key in ("image_classes", "ocr_tokens") if key in item}
+        if image in found_words:
+            kept.setdefault("ocr_tokens", found_words[image])
         return Record(
             id=_key(item, "question_id"),
             images=(str(folder / f"{image}.jpg"),),
@@ -110,6 +116,19 @@ def read_textvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]
         )
 
     yield from each_entry(file, items, record)
+
+
+def _rosetta(file: Path) -> dict[str, list[str]]:
+    """Picture -> the words that Rosetta read in it, for a file of TextVQA's questions; empty where there are none."""
+    beside = file.with_name(re.sub(r"^TextVQA_0\.5\.1_", "TextVQA_Rosetta_OCR_v0.2_", file.name))
+    if beside == file or not beside.is_file():
+        return {}
+    content = read_json(beside)
+    items = content.get("data") if isinstance(content, dict) else None
+    try:
+        return {str(item["image_id"]): [str(word) for word in item["ocr_tokens"]] for item in items or ()}
+    except (TypeError, KeyError) as error:
+        raise VlmError(f"{beside}: expected `data` with image_id and ocr_tokens (TextVQA's OCR): {error!r}") from error
 
 
 def read_vizwiz(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
