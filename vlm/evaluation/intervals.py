@@ -49,8 +49,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The 95 % percentile interval of the mean of `values`, resampling whole clusters with replacement.
 
-    values, clusters: [N] scores (or `Parts`, or `Medians`), and what they belong to (a question's picture). The result has the unit
-    of `values`.
+    values, clusters: [N] scores (or `Parts`, or `Medians`), and what they belong to (a question's picture). The result
+    has the unit of `values`.
     Cluster bootstrap: Davison and Hinkley (1997), section 3.8; Miller (2024) on why evaluations need it.
 
     Raises ValueError on no values, or on lists of different length.

@@ -190,7 +190,8 @@ def _card(samples: list[Sample]) -> str:
         shown = f'<img src="{picture}" alt="{name}" title="{escape(str(image))}" loading="lazy">'
     else:
         shown = f"<p>{name} cannot be read</p>" if image else "<p>no picture</p>"
-    return f"<article data-score={_mean(samples):.4f}><div>{shown}</div><div>{''.join(map(_question, samples))}</div></article>"
+    questions = "".join(map(_question, samples))
+    return f'<article data-score="{_mean(samples):.4f}"><div>{shown}</div><div>{questions}</div></article>'
 
 
 def _question(sample: Sample) -> str:

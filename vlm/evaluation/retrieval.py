@@ -45,7 +45,7 @@ class RetrievalScores(NamedScores):
     recalls: for each of `TR@k` and `IR@k`, what every query got, 0 to 1: [M] pictures or [N] captions; NaN for
     pictures without captions, which ask nothing.
     contributions: the same, weighted so that their mean is the score (folds count alike, whatever their size).
-    ranks: of `TR` and `IR`, the rank from 1 that every query gave its right candidate; NaN for pictures without captions.
+    ranks: of `TR` and `IR`, the rank from 1 that every query gave its right candidate; NaN where none was asked.
     groups: of `TR` and `IR`, the fold of every query.
     top_texts [M,T], top_images [N,T]: the best candidates in order, -1 beyond their end; T is what was asked for.
     """
