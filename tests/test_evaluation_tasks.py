@@ -19,6 +19,7 @@ from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation import evaluate, load_benchmark
 from vlm.evaluation.report import render_report
+from vlm.evaluation.retrieval import retrieval_recall
 from vlm.evaluation.zero_shot import zero_shot_scores
 
 COLOURS = ("red", "lime", "blue", "yellow")
@@ -250,12 +251,42 @@ def test_records_and_models_that_cannot_serve_are_errors(
     with pytest.raises(VlmError, match="'0' has no caption"):
         evaluate(retrieval, Colours(), progress=False)
     with pytest.raises(VlmError, match="cannot score a file of predictions"):
-        evaluate(retrieval, predictions="any.json", progress=False)
+        evaluate(retrieval, predictions="any.json", overrides=["task=matching", "metric=accuracy"], progress=False)
     use(monkeypatch, Data([Record("1", classes.records[0].images, captions=("red",))]))
     with pytest.raises(VlmError, match="'1' has no label"):
         evaluate(zero_shot, Colours(), progress=False)
     with pytest.raises(UnsupportedTask, match="cannot embed"):
         evaluate(retrieval, object(), progress=False)
+
+
+def test_embeddings_in_a_file_are_scored_as_a_models_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    captions = [("a", "b"), ("c",), ("d", "e", "f"), ("g",)]
+    use(monkeypatch, Data([Record(str(n), (f"{n}.jpg",), captions=told) for n, told in enumerate(captions)]))
+    name = benchmark(tmp_path, task="retrieval")
+    owner = np.repeat(range(4), [2, 1, 3, 1])
+    images, texts = rng.normal(size=(4, 5)), rng.normal(size=(7, 5))
+    file = tmp_path / "embeddings.npz"
+    np.savez(file, image_embeds=images, text_embeds=texts, text_to_image=owner)
+    found = evaluate(name, predictions=file, progress=False)
+    expected = retrieval_recall(images, texts, owner)
+    for metric in ("TR@1", "IR@5", "rsum", "TR_median_rank"):
+        assert found.metrics[metric] == pytest.approx(expected[metric])
+        low, high = found.intervals[metric]
+        assert low <= found.metrics[metric] <= high
+    first = evaluate(name, predictions=file, limit=2, progress=False)
+    assert first.metrics["IR@1"] == pytest.approx(retrieval_recall(images[:2], texts[:3], owner[:3])["IR@1"])
+    with pytest.raises(VlmError, match="not --partial"):
+        evaluate(name, predictions=file, partial=True, progress=False)
+    for content, message in (
+        ({"image_embeds": images[:3], "text_embeds": texts}, "3 pictures and 7 captions, but the data set has 4 and 7"),
+        ({"image_embeds": images, "text_embeds": texts, "text_to_image": owner[::-1]}, "another order"),
+        ({"image_embeds": images}, "expected a .npz with image_embeds and text_embeds"),
+    ):
+        np.savez(file, **content)
+        with pytest.raises(VlmError, match=message):
+            evaluate(name, predictions=file, progress=False)
 
 
 def test_a_model_that_gives_no_numbers_is_an_error(classes: Data, tmp_path: Path) -> None:

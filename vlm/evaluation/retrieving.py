@@ -6,8 +6,10 @@ captions. With `rerank: k`, the k nearest of each query by embedding (in its own
 cosine, and stand before all others; pictures are looked at once more for that.
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,17 +83,8 @@ def embed(model: Any, job: Job, asking: Asking) -> Embeddings:
 
     if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
         raise UnsupportedTask(f"{type(model).__name__} cannot embed texts and pictures; dual encoders can")
-    numbers: dict[str, int] = {}
-    names: list[str] = []
-    captions: list[str] = []
-    owner: list[int] = []
-    for record in job.records:
-        picture = numbers.setdefault(record.images[0], len(numbers))
-        if picture == len(names):
-            names.append(record.id)
-        captions += record.captions
-        owner += [picture] * len(record.captions)
-    paths = list(numbers)
+    paths, names, captions, owner = _listed(job.records)
+    numbers = {path: number for number, path in enumerate(paths)}
     shown = np.bincount([numbers[record.images[0]] for record in job.records])  # records of each picture
 
     def see(batch: list[int]) -> list[np.ndarray | str]:
@@ -125,7 +118,7 @@ def embed(model: Any, job: Job, asking: Asking) -> Embeddings:
         paths=paths,
         names=names,
         captions=captions,
-        text_to_image=np.array(owner),
+        text_to_image=owner,
         images=torch.from_numpy(images),
         texts=torch.from_numpy(texts[numbers_of_texts]),
         problems=[row if isinstance(row, str) else None for row in seen],
@@ -134,6 +127,57 @@ def embed(model: Any, job: Job, asking: Asking) -> Embeddings:
     if not job.plan.rerank or not hasattr(model, "match_each") or whole is None:
         return found
     return replace(found, pairs=_matched(model, job, found, distinct, asking))
+
+
+def _listed(records: Sequence[Record]) -> tuple[list[str], list[str], list[str], np.ndarray]:
+    """Pictures [M], the id of the first record of each, captions [N], and the picture of each caption."""
+    numbers: dict[str, int] = {}
+    names: list[str] = []
+    captions: list[str] = []
+    owner: list[int] = []
+    for record in records:
+        picture = numbers.setdefault(record.images[0], len(numbers))
+        if picture == len(names):
+            names.append(record.id)
+        captions += record.captions
+        owner += [picture] * len(record.captions)
+    return list(numbers), names, captions, np.array(owner)
+
+
+def read_embeddings(path: Path, job: Job) -> Embeddings:
+    """Embeddings that somebody made of all the records' pictures and captions, in their order: a NumPy .npz with
+    `image_embeds` [M,E] and `text_embeds` [N,E], and `text_to_image` [N] where it wants to be checked.
+
+    A picture of several records counts where it comes first. Raises VlmError for a file that holds others.
+    """
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            images, texts = content["image_embeds"], content["text_embeds"]
+            owner_told = content.get("text_to_image")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise VlmError(f"{path}: expected a .npz with image_embeds and text_embeds: {error}") from error
+    paths, _, captions, owner = _listed(job.everything)
+    if images.shape[:1] != (len(paths),) or texts.shape[:1] != (len(captions),):
+        raise VlmError(
+            f"{path}: embeddings of {len(images)} pictures and {len(texts)} captions, but the data set has "
+            f"{len(paths)} and {len(captions)}"
+        )
+    if owner_told is not None and not np.array_equal(owner_told, owner):
+        raise VlmError(f"{path}: its text_to_image is not the data set's: the captions stand in another order")
+    paths, names, captions, owner = _listed(job.records)  # the first of them, under a limit
+    place = {text: number for number, text in enumerate(dict.fromkeys(captions))}
+    return Embeddings(
+        paths=paths,
+        names=names,
+        captions=captions,
+        text_to_image=owner,
+        images=torch.from_numpy(images[: len(paths)]),
+        texts=torch.from_numpy(texts[: len(captions)]),
+        problems=[None] * len(paths),
+        distinct=np.array([place[caption] for caption in captions]),
+    )
 
 
 def _matched(model: Any, job: Job, found: Embeddings, texts: list[str], asking: Asking) -> Pairs:

@@ -39,7 +39,8 @@ def evaluate(
 
     benchmark: a shipped name, a YAML file, or a loaded benchmark; overrides: `KEY=VALUE` into it.
     model: a loaded model, or a name or run folder for `load_model`; model_name: what results call a loaded one.
-    predictions: `[{question_id, answer}]`, `[{image_id, caption}]` or an earlier samples.jsonl, about exactly the data
+    predictions: `[{question_id, answer}]`, `[{image_id, caption}]` or an earlier samples.jsonl (retrieval: a .npz, see
+    `vlm.evaluation.retrieving.read_embeddings`), about exactly the data
     set's records; partial: score those that are there, the first of several.
     limit: only the first N records. batch_size: records asked at once; questions of one picture always go together.
     cache: keep a model's answers and take those it gave before to the same questions about the same pictures, so that a
@@ -57,7 +58,7 @@ def evaluate(
         raise VlmError(f"batch_size must be at least 1, got {batch_size}")
     plan = benchmark if isinstance(benchmark, Benchmark) else load_benchmark(benchmark, list(overrides))
     task = TASKS[plan.task]
-    if predictions is not None and task.outputs_of is None:
+    if predictions is not None and task.outputs_of is None and task.read is None:
         raise VlmError(f"{plan.name}: the task {plan.task} cannot score a file of predictions; give a model")
     named = isinstance(model, (str, Path))
     name = model_name or (str(predictions) if predictions is not None else name_of(model))
@@ -76,7 +77,11 @@ def evaluate(
 
     outputs: Any
     dropped: dict[str, int] | None = None
-    if predictions is not None:
+    if predictions is not None and task.read is not None:
+        if partial:
+            raise VlmError(f"{plan.name}: embeddings are scored as a whole, not --partial")
+        outputs = task.read(Path(predictions), job)
+    elif predictions is not None:
         assert task.outputs_of is not None
         path = Path(predictions)
         given = read_predictions(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm.data.records import Record
@@ -77,6 +78,7 @@ class Task:
     check: raises VlmError on a record that cannot serve the task.
     problems: outputs -> of each thing asked, why it could not be, or None.
     outputs_of: predictions of a file, one per record -> outputs; None where a file cannot hold them.
+    read: (file, job) -> outputs, where they are no text.
     prompt: the default; prompt_fields: what a prompt must have a place for; own_prompt: without one the model's own
     is taken.
     keys: the benchmark's keys that only this task reads.
@@ -89,6 +91,7 @@ class Task:
     metrics: dict[str, Metric]
     problems: Callable[[Any], Sequence[str | None]]
     outputs_of: Callable[[list[Prediction]], Any] | None = None
+    read: Callable[[Path, Job], Any] | None = None
     prompt: str = ""
     prompt_fields: tuple[str, ...] = ()
     own_prompt: bool = False

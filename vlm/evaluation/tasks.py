@@ -183,6 +183,7 @@ TASKS: dict[str, Task] = {
         check=retrieving.check,
         metrics={name: Metric(protocols=retrieving.PROTOCOLS) for name in retrieving.METRICS},
         problems=retrieving.problems,
+        read=retrieving.read_embeddings,
         prompt="{caption}",
         prompt_fields=("caption",),
         keys=("rerank",),
