@@ -55,7 +55,9 @@ def bootstrap_interval(
 
     Raises ValueError on no values, or on lists of different length.
     """
-    low, high = np.quantile(bootstrap(values, clusters, seed, resamples), [0.025, 0.975])
+    drawn = bootstrap(values, clusters, seed, resamples)
+    # Between ranks that nothing has (inf) there is no middle.
+    low, high = np.quantile(drawn, [0.025, 0.975], method="linear" if np.isfinite(drawn).all() else "nearest")
     return float(low), float(high)
 
 
