@@ -321,7 +321,7 @@ def test_retrieval_is_scored_both_ways_and_written(captions: Data, tmp_path: Pat
     assert result.metrics["rsum"] == pytest.approx(total)
     assert list(result.scores) == ["expected", "optimistic", "pessimistic"]
     assert sorted(result.intervals) == sorted(result.metrics)
-    assert result.intervals["IR_median_rank"] == (1, 1)
+    assert result.intervals["IR_median_rank"] == (1, 2)  # draws of the yellow picture alone find another first
     assert result.intervals["rsum"][0] <= result.metrics["rsum"] <= result.intervals["rsum"][1]
     assert len(model.images) == 4  # once each
     assert sorted(model.texts) == ["all red", "blue", "lime", "quite blue", "red"]  # distinct ones, once each
