@@ -29,12 +29,10 @@ test: lint
 quickstart: setup
 	$(BIN)/python -m vlm.cli.main quickstart
 
-# Every script in benchmarks/ that measures against a peer, then the table of their results. A peer that cannot live
-# beside the library has a script benchmarks/peers/NAME.sh that makes its environment in $(VENV)-NAME.
+# Every script in benchmarks/, or those of ONLY="encode rerank", then the table of their results here and in README.md.
+# A peer that cannot live beside the library has a script benchmarks/peers/NAME.sh that makes $(VENV)-NAME.
 bench: setup
-	for peer in $(wildcard benchmarks/peers/*.sh); do bash $$peer $(VENV)-$$(basename $$peer .sh) $(VENV) || exit 1; done
-	for script in $(filter-out %/harness.py %/report.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/run.py $(ONLY) --environments $(VENV) --base $(VENV)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

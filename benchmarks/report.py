@@ -1,6 +1,8 @@
-"""Write `RESULTS.md`: the newest result of every case in `runs/benchmarks.jsonl`."""
+"""Write `RESULTS.md` of the newest result of every case in `runs/benchmarks.jsonl`, and the README's table of it."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from harness import RESULTS, ROOT, describe
@@ -12,20 +14,63 @@ machine, so ratios carry over better than times. A target that is not reached sa
 """
 
 
+START, END = "<!-- benchmarks: written by `make bench` -->", "<!-- end of benchmarks -->"
+NOTHING = "Nothing has been measured yet: run `make bench`."
+
+
 def main() -> None:
-    """Read the results, write the report."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in RESULTS.read_text().splitlines():
+    """Read the results, write the report and the README's table."""
+    results = newest(RESULTS.read_text().splitlines()) if RESULTS.is_file() else []
+    report = ROOT / "benchmarks" / "RESULTS.md"
+    if results:
+        report.write_text(text_of(results), encoding="utf-8")
+    if report.is_file():
+        fill_readme(ROOT / "README.md", summary_in(report.read_text(encoding="utf-8")))
+
+
+def newest(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """The last result of every case, by benchmark."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in lines:
         result = json.loads(entry)
-        newest[result["benchmark"], result["case"]] = result
-    text = HEADER
-    for benchmark in sorted({name for name, _ in newest}):
-        rows = [result for (name, _), result in newest.items() if name == benchmark]
+        found[result["benchmark"], result["case"]] = result
+    return sorted(found.values(), key=lambda result: str(result["benchmark"]))
+
+
+def text_of(results: Sequence[dict[str, Any]]) -> str:
+    """The whole report: the summary, and for each benchmark machine, versions and all numbers."""
+    text = f"{HEADER}\n{START}\n{summary(results)}{END}\n"
+    for benchmark in sorted({result["benchmark"] for result in results}):
+        rows = [result for result in results if result["benchmark"] == benchmark]
         text += f"\n## {benchmark}\n\n"
         text += "".join(f"{place}\n\n" for place in dict.fromkeys(f"{describe(r['machine'])}." for r in rows))
-        text += "| case | against | unit | ours /s | theirs /s | speed | target | memory | target | of peak |\n"
-        text += "|---|---|---|---|---|---|---|---|---|---|\n" + "".join(f"| {' | '.join(_row(r))} |\n" for r in rows)
-    (ROOT / "benchmarks" / "RESULTS.md").write_text(text)
+        text += "| case | against | unit | ours /s | theirs /s | speed | target | memory | target |\n"
+        text += "|---|---|---|---|---|---|---|---|---|\n" + "".join(f"| {' | '.join(_row(r))} |\n" for r in rows)
+    return text
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """One line a case: how many times as fast, and which share of the memory."""
+    text = "| benchmark | case | against | speed | memory |\n|---|---|---|---|---|\n"
+    for result in results:
+        memory = result.get("memory")
+        share = "" if memory is None else f"{memory['share']:.2f}"
+        cells = [result["benchmark"], result["case"], result["peer"], f"{result['speed']:.2f}x", share]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def summary_in(text: str) -> str:
+    """What stands between the markers of a report or README."""
+    return text.partition(f"{START}\n")[2].partition(END)[0]
+
+
+def fill_readme(readme: Path, table: str) -> None:
+    """Put the table between the README's markers, where it has them."""
+    text = readme.read_text(encoding="utf-8")
+    if START in text:
+        before, _, rest = text.partition(f"{START}\n")
+        readme.write_text(f"{before}{START}\n{table}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def _row(result: dict[str, Any]) -> list[str]:
@@ -41,16 +86,11 @@ def _row(result: dict[str, Any]) -> list[str]:
         "" if target is None else f"{target:g}x {_mark(result['speed'] >= target)}",
         "" if memory is None else _sizes(memory),
         "" if memory is None or allowed is None else f"{allowed:.3g} {_mark(memory['share'] <= allowed)}",
-        "" if "peak_share" not in result else _peak(result["peak_share"], result["peak_target"]),
     ]
 
 
 def _sizes(memory: dict[str, float]) -> str:
     return f"{memory['share']:.3f} ({memory['ours'] / 2**20:,.0f} / {memory['theirs'] / 2**20:,.0f} MiB)"
-
-
-def _peak(share: float, target: float | None) -> str:
-    return f"{share:.0%}" + ("" if target is None else f" (target {target:.0%} {_mark(share >= target)})")
 
 
 def _mark(met: bool) -> str:
