@@ -44,8 +44,8 @@ def text_of(results: Sequence[dict[str, Any]]) -> str:
         rows = [result for result in results if result["benchmark"] == benchmark]
         text += f"\n## {benchmark}\n\n"
         text += "".join(f"{place}\n\n" for place in dict.fromkeys(f"{describe(r['machine'])}." for r in rows))
-        text += "| case | against | unit | ours /s | theirs /s | speed | target | memory | target |\n"
-        text += "|---|---|---|---|---|---|---|---|---|\n" + "".join(f"| {' | '.join(_row(r))} |\n" for r in rows)
+        text += "| case | against | unit | ours /s | theirs /s | speed | target | memory | target | of peak |\n"
+        text += "|---|---|---|---|---|---|---|---|---|---|\n" + "".join(f"| {' | '.join(_row(r))} |\n" for r in rows)
     return text
 
 
@@ -86,11 +86,16 @@ def _row(result: dict[str, Any]) -> list[str]:
         "" if target is None else f"{target:g}x {_mark(result['speed'] >= target)}",
         "" if memory is None else _sizes(memory),
         "" if memory is None or allowed is None else f"{allowed:.3g} {_mark(memory['share'] <= allowed)}",
+        "" if "peak_share" not in result else _peak(result["peak_share"], result["peak_target"]),
     ]
 
 
 def _sizes(memory: dict[str, float]) -> str:
     return f"{memory['share']:.3f} ({memory['ours'] / 2**20:,.0f} / {memory['theirs'] / 2**20:,.0f} MiB)"
+
+
+def _peak(share: float, target: float | None) -> str:
+    return f"{share:.0%}" + ("" if target is None else f" (target {target:.0%} {_mark(share >= target)})")
 
 
 def _mark(met: bool) -> str:
