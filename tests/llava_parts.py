@@ -136,3 +136,63 @@ def _save(state: dict[str, torch.Tensor], file: Path) -> None:
         torch.save(state, file)
     else:
         save_file(state, file, metadata={"format": "pt"})
+
+
+# (height, width) as in LLaVA-1.6, for tiles of 32 pixels.
+PINPOINTS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+
+
+def tiny_llava_next(folder: Path, text: str = "llama", vision: str = "clip") -> Path:
+    """A LLaVA-1.6 as transformers saves it: weights, tokeniser with `<image>`, processor on Pillow."""
+    import transformers as t
+
+    tiny_llava(folder, text, vision)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "llava_next", "image_grid_pinpoints": PINPOINTS}
+    config = t.LlavaNextConfig.from_dict(config)
+    model = randomize(t.LlavaNextForConditionalGeneration(config))
+    model.model.image_newline.data.mul_(5)
+    pad = config.text_config.pad_token_id
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, pad
+    model.save_pretrained(folder)
+    clip = vision == "clip"
+    size = {"shortest_edge": 32} if clip else {"height": 32, "width": 32}
+    images = t.LlavaNextImageProcessorPil(
+        size=size,
+        crop_size={"height": 32, "width": 32},
+        image_grid_pinpoints=PINPOINTS,
+        image_mean=CLIP_MEAN,
+        image_std=CLIP_STD,
+    )
+    tokenizer = t.AutoTokenizer.from_pretrained(folder)
+    extra = {"patch_size": 8, "vision_feature_select_strategy": config.vision_feature_select_strategy}
+    extra["num_additional_image_tokens"] = 1 if clip else 0
+    t.LlavaNextProcessor(image_processor=images, tokenizer=tokenizer, **extra).save_pretrained(folder)
+    return folder
+
+
+def original_llava_next(hf: Path, folder: Path) -> Path:
+    """The LLaVA-1.6 in `hf` in the authors' merged layout."""
+    import transformers as t
+
+    state = t.LlavaNextForConditionalGeneration.from_pretrained(hf).state_dict()
+    keys = {
+        "model.language_model.": "model.",
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "model.multi_modal_projector.linear_1": "model.mm_projector.0",
+        "model.multi_modal_projector.linear_2": "model.mm_projector.2",
+    }
+    renamed = {}
+    for key, tensor in state.items():
+        for ours, theirs in keys.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = tensor.clone()
+    tiny_hf_image_model("clip_vision", folder / "tower")
+    target = folder / "merged"
+    target.mkdir()
+    _save(renamed, target / "model.safetensors")
+    tiny_sentencepiece_tokenizer(target)
+    anyres = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    anyres["image_grid_pinpoints"] = [[width, height] for height, width in PINPOINTS]
+    (target / "config.json").write_text(json.dumps(_original_config(hf, "../tower", **anyres)))
+    return target

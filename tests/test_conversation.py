@@ -293,7 +293,7 @@ def test_cutting_a_prompt_keeps_the_picture_and_the_end(before, after, tail, lim
 
 def test_a_training_text_is_cut_after_splicing_and_never_through_the_picture():
     text = TokenizedText((1, IMAGE_SLOT, 2, 3, 4, 5), (False, False, False, False, True, True))
-    expanded = expand_slots(text, 4)
+    expanded = expand_slots(text, [4])
     assert truncate(expanded, 8).ids == (1, *[IMAGE_SLOT] * 4, 2, 3, 4)
     with pytest.raises(VlmError, match="pictures do not fit"):
         truncate(expanded, 4)

@@ -7,6 +7,7 @@ import torch
 from generative_parts import generative_model
 from tiny_models import LANGUAGE_KINDS
 
+from vlm.objectives.frozen_head import frozen_head_cross_entropy_sum
 from vlm.objectives.fused import can_fuse, fused_cross_entropy_sum
 from vlm.objectives.lm import cross_entropy_sum
 
@@ -39,6 +40,36 @@ def test_loss_gradients_and_right_predictions_are_the_plain_ones(smoothing, head
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [100, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_over_a_frozen_head_loss_and_gradient_are_the_plain_ones(chunk, dtype):
+    torch.manual_seed(0)
+    states, head = torch.randn(50, 16, requires_grad=True), torch.randn(40, 16).to(dtype)
+    targets = (states.detach() @ head.float().T).argmax(-1)
+    targets[::3] = 5
+    results = []
+    for run in (
+        lambda: frozen_head_cross_entropy_sum(states, targets, head, chunk),
+        lambda: cross_entropy_sum(states, targets, lambda s: s.to(dtype) @ head.T, chunk),
+    ):
+        states.grad = None
+        loss, right = run()
+        (loss * 3).backward()
+        results.append((loss.detach(), right, states.grad))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * 3)
+
+
+def test_a_frozen_head_takes_no_labels_and_passes_no_gradient_twice():
+    head, states = torch.randn(9, 4), torch.zeros(0, 4, requires_grad=True)
+    loss, right = frozen_head_cross_entropy_sum(states, torch.zeros(0, dtype=torch.long), head, 8)
+    loss.backward()
+    assert (float(loss.detach()), int(right), tuple(states.grad.shape)) == (0.0, 0, (0, 4))
+    with torch.no_grad():
+        assert not frozen_head_cross_entropy_sum(torch.ones(2, 4), torch.tensor([1, 2]), head, 8)[0].requires_grad
 
 
 @pytest.mark.parametrize("kind", LANGUAGE_KINDS)

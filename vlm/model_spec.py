@@ -22,15 +22,31 @@ class ImageEncoderSpec(Strict):
     layer: which hidden state is read, counted from the end (-1: the last; -2: LLaVA's and BLIP-2's choice).
     drop_cls: leave prefix tokens (CLS, registers) out of the token output.
     image_size: pixels; the part's own if not given.
-    resize: `shortest` (and centre crop), `square` (squash) or `pad` (LLaVA-1.5); the part's own if not given.
+    resize: `shortest` (and centre crop), `square` (squash), `pad` (LLaVA-1.5) or `anyres` (LLaVA-1.6: the squashed
+        picture and tiles of a larger copy); the part's own if not given.
+    grid_pinpoints: sizes (height, width) in pixels that `anyres` may scale a picture into; by default LLaVA-1.6's 1x2,
+        2x1, 2x2, 3x1 and 1x3 tiles.
     """
 
     name: str
     layer: int = -1
     drop_cls: bool = True
     image_size: int | None = Field(default=None, ge=1)
-    resize: Literal["shortest", "square", "pad"] | None = None
+    resize: Literal["shortest", "square", "pad", "anyres"] | None = None
+    grid_pinpoints: list[tuple[int, int]] | None = Field(default=None, min_length=1)
     precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _pinpoints_go_with_anyres(self) -> "ImageEncoderSpec":
+        if self.grid_pinpoints is not None and self.resize != "anyres":
+            raise ValueError("`grid_pinpoints` goes with `resize: anyres`")
+        return self
+
+
+def _one_size(encoder: ImageEncoderSpec) -> ImageEncoderSpec:
+    if encoder.resize == "anyres":
+        raise ValueError("`resize: anyres` is for a generative model with a projection")
+    return encoder
 
 
 class LoraSpec(Strict):
@@ -185,6 +201,12 @@ class GenerativeSpec(Strict):
     def _projection_by_default(cls, value: Any) -> Any:
         return {"type": "mlp", **value} if isinstance(value, dict) else value
 
+    @model_validator(mode="after")
+    def _tiles_are_projected(self) -> "GenerativeSpec":
+        if isinstance(self.bridge, QFormerBridgeSpec):
+            _one_size(self.image_encoder)
+        return self
+
     @field_validator("question_prompt")
     @classmethod
     def _question_has_a_place(cls, value: str) -> str:
@@ -202,6 +224,7 @@ class DualEncoderSpec(Strict):
     text_encoder: TextEncoderSpec
 
     _short = field_validator("image_encoder", "text_encoder", mode="before")(name_only)
+    _whole = field_validator("image_encoder")(_one_size)
 
 
 class QFormerSpec(Strict):
@@ -218,6 +241,7 @@ class QFormerSpec(Strict):
     match_length: int = Field(default=35, ge=3)
 
     _short = field_validator("image_encoder", mode="before")(name_only)
+    _whole = field_validator("image_encoder")(_one_size)
 
 
 # The families, told apart by `type`.

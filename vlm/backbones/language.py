@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vlm.backbones.adapted_linear import fuse_adapters
 from vlm.backbones.hf_loading import load_strictly, read_config
 from vlm.backbones.names import PartName, parse_part_name
 from vlm.backbones.quantization import quantization_options
+from vlm.backbones.row_attention import make_rows, use_row_attention
 from vlm.backbones.whole_checkpoint import WholeCheckpoint, read_whole
 from vlm.data.records import IMAGE_PLACEHOLDER
 from vlm.devices import storage_dtype
@@ -49,6 +51,7 @@ class LanguageModel(nn.Module):
         self.is_encoder_decoder: bool = bool(config.is_encoder_decoder)
         self.width: int = int(network.get_input_embeddings().embedding_dim)
         self.context_length: int = _context_length(config)
+        self._takes_rows = not self.is_encoder_decoder and self.takes_tree_masks and use_row_attention(network)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
 
     @property
@@ -89,11 +92,14 @@ class LanguageModel(nn.Module):
         mask: Tensor,
         positions: Tensor | None = None,
         decoder_ids: Tensor | None = None,
+        lengths: tuple[int, ...] = (),
     ) -> Tensor:
         """Final hidden states [B,T,D], ready for `logits`.
 
         embeddings: [B,T,D]. mask: [B,T] (1 = token) or [B,1,T,T] boolean (true = may attend).
         positions: [B,T]. decoder_ids: [B,U] decoder input of an encoder-decoder, whose states [B,U,D] are returned.
+        lengths: tokens of each row, the rest of it being padding on the right; padding is then not computed where the
+        network allows, and its states are zero.
         """
         if self.is_encoder_decoder:
             encoded = self.network.get_encoder()(inputs_embeds=embeddings, attention_mask=mask)
@@ -104,8 +110,24 @@ class LanguageModel(nn.Module):
                 encoder_attention_mask=mask,
                 use_cache=False,
             ).last_hidden_state
+        if positions is not None and self._rows_pay(lengths, mask):
+            rows = make_rows(lengths, mask)
+            packed = self._base(
+                inputs_embeds=rows.pack(embeddings),
+                attention_mask=mask.new_ones(1, 1, 1, 1, dtype=torch.bool),  # taken as it is; `rows` holds the real one
+                position_ids=rows.pack(positions),
+                use_cache=False,
+                rows=rows,
+            )
+            return rows.unpack(packed.last_hidden_state)
         options = {"position_ids": positions} if self.takes_tree_masks and positions is not None else {}
         return self._base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **options).last_hidden_state
+
+    def _rows_pay(self, lengths: tuple[int, ...], mask: Tensor) -> bool:
+        """Whether rows hold padding that can be left out; a sliding window shorter than them needs its own mask."""
+        window = getattr(self.network.config, "sliding_window", None)
+        padded = sum(lengths) < len(lengths) * mask.shape[-1]
+        return self._takes_rows and padded and (mask.ndim == 4 or window is None or window >= mask.shape[-1])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of hidden states [..., D], with the scalings some families apply."""
@@ -253,6 +275,7 @@ def inject_lora(network: nn.Module, lora: LoraSpec) -> None:
         fan_in_fan_out=any(isinstance(network.get_submodule(name), _conv1d()) for name in names),
     )
     inject_adapter_in_model(config, network)
+    fuse_adapters(network)
     network.eval()
 
 

@@ -31,6 +31,7 @@ _KEYS: tuple[tuple[str, Part, str], ...] = (
     # the authors' own
     (r"(?:model\.)?vision_tower\.vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
+    (r"(?:model\.)?image_newline", "bridge", "newline"),  # LLaVA-1.6, both layouts
     (r"(?:model\.)?mm_projector\.(weight|bias)", "bridge", r"layers.0.\1"),
     (r"(?:model\.)?mm_projector\.(\d+\.(?:weight|bias))", "bridge", r"layers.\1"),
     (r"(model\.(?:embed_tokens|layers|norm)\..*|lm_head\..*)", "language", r"\1"),
@@ -49,8 +50,8 @@ class LlavaCheckpoint:
     text_config, vision_config: transformers configurations; `vision_config` is None where the tower is another
     checkpoint, `tower`. layer: hidden state that is read, from the end. drop_cls: leave the CLS token out.
     projector: (type, depth). base: the language model beside which adapters or a projector lie, if they do.
-    resize: LLaVA's `image_aspect_ratio`, None where the image preprocessor decides. prompts: what our own exports say
-    of template and prompts.
+    resize: LLaVA's `image_aspect_ratio`, None where the image preprocessor decides. pinpoints: (height, width) of
+    LLaVA-1.6's grids of tiles, None without. prompts: what our own exports say of template and prompts.
     """
 
     reference: str
@@ -61,8 +62,9 @@ class LlavaCheckpoint:
     drop_cls: bool
     projector: tuple[Literal["linear", "mlp"], int]
     base: str | None
-    resize: Literal["shortest", "square", "pad"] | None
+    resize: Literal["shortest", "square", "pad", "anyres"] | None
     prompts: dict[str, str]
+    pinpoints: list[tuple[int, int]] | None = None
 
     def state(self, part: Part) -> dict[str, Tensor]:
         """The tensors of a part by the key that it has there; adapters are merged into the language model.
@@ -90,25 +92,21 @@ def is_llava(config: dict[str, Any]) -> bool:
 
 
 def read_llava(reference: str) -> LlavaCheckpoint:
-    """The checkpoint of a hub id or local folder. Raises VlmError for what LLaVA-1.0 and 1.5 do not have."""
+    """The checkpoint of a hub id or local folder. Raises VlmError for what LLaVA-1.0, 1.5 and 1.6 do not have."""
     config = read_config(reference)
     kind = str(config.get("model_type", ""))
-    if kind == "llava_next" or "anyres" in str(config.get("image_aspect_ratio", "")):
-        raise VlmError(
-            f"{reference}: LLaVA-1.6 (LLaVA-NeXT) cuts a picture into tiles (AnyRes), which is not supported: "
-            "use a LLaVA-1.5 checkpoint"
-        )
     if "mm_vision_tower" in config:
         return _original(reference, config)
-    if kind != "llava":
-        raise VlmError(f"{reference}: model_type {kind!r} is not LLaVA-1.0 or 1.5")
+    if kind not in ("llava", "llava_next"):
+        raise VlmError(f"{reference}: model_type {kind!r} is not LLaVA-1.0, 1.5 or 1.6")
     return _transformers(reference, config)
 
 
 def _transformers(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
-    from transformers import LlavaConfig
+    from transformers import LlavaConfig, LlavaNextConfig
 
-    config: Any = LlavaConfig.from_dict(raw)
+    tiles = raw.get("model_type") == "llava_next"
+    config: Any = (LlavaNextConfig if tiles else LlavaConfig).from_dict(raw)
     for key, wanted in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
         if getattr(config, key) != wanted:
             raise VlmError(f"{reference}: {key}: {getattr(config, key)!r} is not supported, only {wanted!r}")
@@ -125,8 +123,19 @@ def _transformers(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
             f"{reference}: `vision_feature_select_strategy: default` drops a patch of SigLIP, not a CLS token"
         )
     prompts = {key: str(value) for key, value in raw.get("vlm", {}).items()}
+    pinpoints = [(int(height), int(width)) for height, width in config.image_grid_pinpoints] if tiles else None
     return LlavaCheckpoint(
-        reference, config.text_config, config.vision_config, reference, layer, drop, ("mlp", 2), None, None, prompts
+        reference=reference,
+        text_config=config.text_config,
+        vision_config=config.vision_config,
+        tower=reference,
+        layer=layer,
+        drop_cls=drop,
+        projector=("mlp", 2),
+        base=None,
+        resize="anyres" if tiles else None,
+        prompts=prompts,
+        pinpoints=pinpoints,
     )
 
 
@@ -143,7 +152,11 @@ def _original(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
     if not mlp and name != "linear":
         raise VlmError(f"{reference}: mm_projector_type: {name!r} is not supported, only linear and mlpNx_gelu")
     text = {k: v for k, v in raw.items() if not k.startswith(("mm_", "tune_mm_", "image_")) and k != "model_type"}
-    resize: dict[str, Literal["pad", "square"]] = {"pad": "pad", "square": "square"}
+    resize: dict[str, Literal["pad", "square", "anyres"]] = {"pad": "pad", "square": "square", "anyres": "anyres"}
+    aspect = str(raw.get("image_aspect_ratio"))
+    if aspect.startswith("anyres") and (aspect != "anyres" or raw.get("mm_patch_merge_type") != "spatial_unpad"):
+        kinds = f"{aspect}, mm_patch_merge_type: {raw.get('mm_patch_merge_type')}"
+        raise VlmError(f"{reference}: image_aspect_ratio: {kinds}: only anyres with spatial_unpad is supported")
     return LlavaCheckpoint(
         reference=reference,
         text_config=CONFIG_MAPPING[kind](**text),
@@ -153,9 +166,19 @@ def _original(reference: str, raw: dict[str, Any]) -> LlavaCheckpoint:
         drop_cls=raw.get("mm_vision_select_feature", "patch") == "patch",
         projector=("mlp", int(mlp[1])) if mlp else ("linear", 2),
         base=_base(reference, raw),
-        resize=resize.get(str(raw.get("image_aspect_ratio"))),
+        resize=resize.get(aspect),
         prompts={},
+        pinpoints=_original_pinpoints(reference, raw) if aspect == "anyres" else None,
     )
+
+
+def _original_pinpoints(reference: str, raw: dict[str, Any]) -> list[tuple[int, int]]:
+    """The authors write (width, height)."""
+    found = raw.get("image_grid_pinpoints")
+    found = json.loads(found) if isinstance(found, str) and found.startswith("[") else found
+    if not isinstance(found, list):
+        raise VlmError(f"{reference}: image_grid_pinpoints: {found!r} is no list of sizes")
+    return [(int(height), int(width)) for width, height in found]
 
 
 def _base(reference: str, raw: dict[str, Any]) -> str | None:

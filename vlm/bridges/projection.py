@@ -16,7 +16,8 @@ class Projection(nn.Module):
     pixel shuffle, Idefics3 (Laurencon et al. 2024, section 3.1).
 
     width_in, width_out: D of image tokens and of the language model. num_tokens: image tokens that come in.
-    grid: their (rows, columns), which `pool` and `pixel_shuffle` need.
+    grid: their (rows, columns), which `pool` and `pixel_shuffle` need. tiles: whether pictures come as tiles, whose
+    rows of tokens end in a learned one, `newline` [D] (LLaVA-1.6). grid_out: (rows, columns) of what leaves.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Projection(nn.Module):
         width_out: int,
         num_tokens: int,
         grid: tuple[int, int] | None = None,
+        tiles: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -33,6 +35,7 @@ class Projection(nn.Module):
         if spec.reduce != "none" and grid is None:
             raise VlmError(f"bridge.reduce: {spec.reduce}: these image tokens form no grid (set drop_cls: true)")
         self.num_tokens, width = _reduced(spec, num_tokens, width_in, grid)
+        self.grid_out = _grid_out(spec, grid)
         self.norm = nn.LayerNorm(width) if spec.input_norm else nn.Identity()
         widths = [width, *[width_out] * (1 if spec.type == "linear" else spec.depth)]
         layers: list[nn.Module] = []
@@ -40,6 +43,7 @@ class Projection(nn.Module):
             layers += [nn.GELU()] if index else []
             layers.append(nn.Linear(before, after))
         self.layers = nn.Sequential(*layers)
+        self.newline = nn.Parameter(torch.randn(width_out) * width_out**-0.5) if tiles else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Image tokens [B,N,D_in] to [B,num_tokens,D_out]."""
@@ -64,6 +68,8 @@ class Projection(nn.Module):
         output = self.layers.float()(probe.to(last.weight.device))
         last.weight.mul_(target / output.pow(2).mean().sqrt())
         last.bias.zero_()
+        if self.newline is not None:
+            self.newline.mul_(target / self.newline.pow(2).mean().sqrt())
 
 
 def _reduced(spec: ProjectionSpec, num_tokens: int, width: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -80,6 +86,14 @@ def _reduced(spec: ProjectionSpec, num_tokens: int, width: int, grid: tuple[int,
     if rows % spec.factor or columns % spec.factor:
         raise VlmError(f"bridge.factor: {spec.factor} does not divide the {rows} x {columns} image tokens")
     return num_tokens // spec.factor**2, width * spec.factor**2
+
+
+def _grid_out(spec: ProjectionSpec, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    if grid is None or spec.reduce == "none":
+        return grid
+    if spec.reduce == "pool":
+        return math.isqrt(spec.tokens or 0), math.isqrt(spec.tokens or 0)
+    return grid[0] // spec.factor, grid[1] // spec.factor
 
 
 def _pool(tokens: Tensor, grid: tuple[int, int] | None, count: int) -> Tensor:

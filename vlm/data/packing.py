@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlm.data.conversation import IMAGE_SLOT, TokenizedText
 from vlm.data.text_batch import TextBatch
+from vlm.data.tiling import TiledPictures
 from vlm.errors import VlmError
 
 IGNORE = -100  # label of a position that carries no loss
@@ -41,12 +42,13 @@ class Row:
         return len(self.ids)
 
 
-def expand_slots(text: TokenizedText, image_tokens: int) -> TokenizedText:
-    """`text` with each picture's slot repeated once for every image token."""
+def expand_slots(text: TokenizedText, counts: Sequence[int]) -> TokenizedText:
+    """`text` with each picture's slot repeated once for every image token; counts: how many each picture has."""
     ids: list[int] = []
     trained: list[bool] = []
+    tokens_of = iter(counts)
     for token, flag in zip(text.ids, text.trained):
-        repeat = image_tokens if token == IMAGE_SLOT else 1
+        repeat = next(tokens_of) if token == IMAGE_SLOT else 1
         ids += [token] * repeat
         trained += [flag] * repeat
     return replace(text, ids=tuple(ids), trained=tuple(trained))
@@ -158,8 +160,8 @@ class RowBatch:
 
     ids, labels, positions: [B,T]. mask: [B,T] long (1 = token) where every row is one text, else [B,1,T,T] boolean.
     images: unique pictures of the batch. image_index: [S] which of them fills each picture's place, row by row.
-    image_inputs: pixels [U,3,H,W] or cached tokens [U,N,D] of the unique pictures, once `with_images` has run.
-    num_tokens: positions that are no padding.
+    image_inputs: pixels [U,3,H,W], tiles, or cached tokens [U,N,D] of the unique pictures, once `with_images` has run.
+    num_tokens: positions that are no padding. lengths: of each row; () for an encoder-decoder.
     instructions: for each picture's place the text that a Q-Former reads beside it, [S]; None where it reads none.
     decoder_ids: [B,U], for an encoder-decoder; `labels` is then [B,U].
     """
@@ -171,7 +173,8 @@ class RowBatch:
     images: list[str]
     image_index: Tensor
     num_tokens: int
-    image_inputs: Tensor | None = None
+    lengths: tuple[int, ...] = ()
+    image_inputs: Tensor | TiledPictures | None = None
     decoder_ids: Tensor | None = None
     instructions: TextBatch | None = None
 
@@ -185,13 +188,15 @@ class RowBatch:
         """Tokens to be predicted."""
         return self.num_labels
 
-    def with_images(self, load: Callable[[list[str]], Tensor]) -> "RowBatch":
+    def with_images(self, load: Callable[[list[str]], Tensor | TiledPictures]) -> "RowBatch":
         """This batch with the tensors of its pictures, loaded by `load(images)`."""
         return self if not self.images else replace(self, image_inputs=load(self.images))
 
     def to(self, device: torch.device | str) -> "RowBatch":
         """This batch on `device`."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor | TiledPictures)
+        }
         asked = self.instructions and self.instructions.to(device)
         return replace(self, **moved, instructions=asked)
 
@@ -214,6 +219,7 @@ def collate(rows: Sequence[Row]) -> RowBatch:
         image_index=image_index,
         num_tokens=sum(map(len, rows)),
         instructions=_batch([instruction for row in rows for instruction in row.instructions]),
+        lengths=tuple(map(len, rows)),
     )
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as F
 
 from vlm.errors import VlmError, did_you_mean
 
-Resize = Literal["shortest", "square", "pad"]
+Resize = Literal["shortest", "square", "pad", "anyres"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 
 
@@ -23,7 +23,7 @@ class ImageTransform:
     size: (height, width) of the result, in pixels.
     resize: `shortest`: shorter edge to size / crop_pct, then the centre (CLIP, timm); `square`: both edges to
         size / crop_pct whatever the shape, then the centre (SigLIP); `pad`: first a square with bars of the mean
-        colour, then as `square` (LLaVA-1.5).
+        colour, then as `square` (LLaVA-1.5); `anyres`: as `square`, for `vlm.data.tiling` adds what that loses.
     crop_rounding: an odd margin is halved by `round` as in torchvision (timm, open_clip) or `floor` (transformers).
     train_scale, train_ratio, train_flip: share of the area and aspect ratio of the training crop, and how often it is
         mirrored (BLIP-2: .5 to 1, 3/4 to 4/3, half of the time).

@@ -79,9 +79,9 @@ def _generative(spec: GenerativeSpec, precision: str) -> GenerativeModel:
         reader = build_qformer_projection(spec.bridge, image_encoder.width, language_model.width)
         instructions = qformer_tokenizer(spec.bridge) if spec.bridge.instruction else None
         return GenerativeModel(spec, image_encoder, reader, language_model, instructions)
-    bridge = Projection(
-        spec.bridge, image_encoder.width, language_model.width, image_encoder.num_tokens, image_encoder.grid
-    )
+    tiles = spec.image_encoder.resize == "anyres"
+    widths = image_encoder.width, language_model.width
+    bridge = Projection(spec.bridge, *widths, image_encoder.num_tokens, image_encoder.grid, tiles)
     if spec.bridge.match_embeddings:
         bridge.match_scale(language_model.embeddings.weight)
     return GenerativeModel(spec, image_encoder, bridge, language_model)

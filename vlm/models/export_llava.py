@@ -74,6 +74,8 @@ def _encoder_problems(model: GenerativeModel) -> Iterator[str]:
         yield f"image_encoder.name: {spec.name} (only `hf:` CLIP and SigLIP)"
     elif config is not None and encoder.transform.size != (config.image_size, config.image_size):
         yield f"image_encoder.image_size: {spec.image_size} where the part has {config.image_size}"
+    if spec.resize == "anyres":
+        yield "image_encoder.resize: anyres (LLaVA-1.5 has no tiles)"
     if spec.layer == -1:
         yield "image_encoder.layer: -1, which has passed a norm here"
 

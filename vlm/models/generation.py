@@ -22,9 +22,11 @@ class Prompt:
 
 class _Model(Protocol):
     language_model: LanguageModel
-    image_tokens: int
 
-    def encode_pictures(self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] = ()) -> Tensor: ...
+    def count_tokens(self, images: Sequence[Any]) -> list[int]: ...
+    def encode_pictures(
+        self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] = ()
+    ) -> Sequence[Tensor] | Tensor: ...
 
 
 def picture_key(image: Any) -> Any:
@@ -76,7 +78,7 @@ def _generate_chunk(
         for key, image in zip(_keys(prompts[i]), prompts[i].images)
     }
     tokens = dict(zip(shown, model.encode_pictures(*map(list, zip(*shown.values()))))) if shown else {}
-    ids = {i: expand_slots(prompts[i].text, model.image_tokens).ids + lm.prompt_end for i in members}
+    ids = {i: expand_slots(prompts[i].text, model.count_tokens(prompts[i].images)).ids + lm.prompt_end for i in members}
     embedded = {i: _embed(lm, ids[i], [tokens[key] for key in _keys(prompts[i])]) for i in members}
 
     # Beam search copies its inputs but not a cache given to it, so it takes the whole prompts.

@@ -13,6 +13,7 @@ from vlm.backbones.language import LanguageModel
 from vlm.bridges.projection import Projection
 from vlm.bridges.qformer_init import QFormerTokenizer
 from vlm.bridges.qformer_projection import QFormerProjection
+from vlm.data.chat_messages import read_message
 from vlm.data.conversation import (
     IMAGE_SLOT,
     TokenizedText,
@@ -40,6 +41,7 @@ from vlm.data.splitting import split_text
 from vlm.data.stored_features import encode_pictures
 from vlm.data.templates import answer_end
 from vlm.data.text_batch import TextBatch
+from vlm.data.tiling import TiledPictures, Tiling, build_tiling, stack_pictures
 from vlm.errors import VlmError
 from vlm.model_spec import GenerativeSpec, QFormerProjectionSpec
 from vlm.models.counting import operations_per_token
@@ -57,7 +59,7 @@ ENCODER_CHUNK = 64  # pictures that go through the image encoder at once
 class GenerativeModel(TaskModel):
     """Image tokens spliced into a language model's prompt (Liu et al. 2023).
 
-    image_tokens: how many tokens a picture takes in the prompt.
+    image_tokens: how many tokens a picture takes in the prompt; where `tiling` cuts it into tiles, each of these.
     instruction_tokenizer: of a bridge whose queries read the instruction as well (InstructBLIP).
     """
 
@@ -78,6 +80,9 @@ class GenerativeModel(TaskModel):
         self.language_model = language_model
         self.image_tokens = bridge.num_tokens
         self.instruction_tokenizer = instruction_tokenizer
+        self.tiling: Tiling | None = None
+        if isinstance(bridge, Projection) and spec.image_encoder.resize == "anyres":
+            self.tiling = build_tiling(image_encoder.transform, spec.image_encoder.grid_pinpoints, bridge.grid_out)
 
     @property
     def device(self) -> torch.device:
@@ -102,12 +107,8 @@ class GenerativeModel(TaskModel):
 
     def prepare_texts(self, sample: Sample, limit: int | None = None) -> list[TokenizedText]:
         """A sample's conversations as training tokens. Raises VlmError if one cannot be trained on."""
-        texts = [self.tokenize(turns, limit) for turns in sample.conversations]
-        for text in texts:
-            shown, there = text.ids.count(IMAGE_SLOT) // self.image_tokens, len(sample.images)
-            if shown != there:
-                raise VlmError(f"`<image>` stands {_number(shown, 'time')} for {_number(there, 'picture')}")
-        return texts
+        counts = self.count_tokens(sample.images)
+        return [self.tokenize(turns, limit, counts) for turns in sample.conversations]
 
     def say_sample(self, sample: Sample, **generation: Any) -> tuple[str, str, str]:
         """(what was asked, what the model says, what was wanted) of a sample's first conversation."""
@@ -117,20 +118,35 @@ class GenerativeModel(TaskModel):
 
     def operations(self, batch: RowBatch) -> float:
         """Matrix operations of a training step on a batch: the language model's; frozen features count as cached."""
-        return batch.num_tokens * self._operations_per_token
+        head = self.language_model.network.get_output_embeddings().weight
+        per_label = head.numel() * (6 if head.requires_grad else 4)
+        return batch.num_tokens * self._operations_per_token + batch.num_labels * per_label
 
     @cached_property
     def _operations_per_token(self) -> float:
         return operations_per_token(self.language_model.network, self.language_model.embeddings)
 
-    def tokenize(self, messages: Sequence[Message], limit: int | None = None) -> TokenizedText:
+    def tokenize(
+        self, messages: Sequence[Message], limit: int | None = None, counts: Sequence[int] | None = None
+    ) -> TokenizedText:
         """A conversation as training tokens with slots expanded, at most `limit` (default: the context length).
 
-        Raises VlmError if cutting would hurt a picture or leave nothing to train on.
+        counts: tokens of each picture, `count_tokens`; by default `image_tokens` wherever `<image>` stands.
+        Raises VlmError if cutting would hurt a picture or leave nothing to train on, or if there are other pictures
+        than places for them.
         """
         text = self._instructed(tokenize_conversation(messages, self.spec.template, self.tokenizer), messages)
+        counts = [self.image_tokens] * text.num_images if counts is None else counts
+        if text.num_images != len(counts):
+            shown, there = _number(text.num_images, "time"), _number(len(counts), "picture")
+            raise VlmError(f"`<image>` stands {shown} for {there}")
         limit = min(limit or self.language_model.context_length, self.language_model.context_length)
-        return truncate(expand_slots(text, self.image_tokens), limit)
+        return truncate(expand_slots(text, counts), limit)
+
+    def count_tokens(self, images: Sequence[Any]) -> list[int]:
+        """How many tokens each picture takes in the prompt; where it is cut into tiles, its size decides."""
+        tiling = self.tiling
+        return [self.image_tokens if tiling is None else tiling.count(image) for image in images]
 
     def _instructed(self, text: TokenizedText, messages: Sequence[Message]) -> TokenizedText:
         """`text` with what the user says as the instruction, where the bridge reads one."""
@@ -190,7 +206,7 @@ class GenerativeModel(TaskModel):
     def label_states(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
         """Hidden states [n,D] at the n labelled positions of a batch, and the labels [n]."""
         hidden = self.language_model.hidden_states(
-            self._spliced(batch), batch.mask, batch.positions, decoder_ids=batch.decoder_ids
+            self._spliced(batch), batch.mask, batch.positions, batch.decoder_ids, batch.lengths
         )
         chosen = batch.labels != IGNORE
         return hidden[chosen], batch.labels[chosen]
@@ -201,14 +217,22 @@ class GenerativeModel(TaskModel):
         if batch.image_inputs is None:
             return embeddings
         if batch.instructions is None:
-            tokens = self.project(batch.image_inputs)[batch.image_index]  # [S, n, D]
+            tokens = self.project(batch.image_inputs)
+            places = batch.image_index
+            # [S*n, D]
+            filled = (
+                tokens[places].flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat([tokens[i] for i in places])
+            )
         else:
-            tokens = self.project_each(batch.image_inputs, batch.image_index.tolist(), batch.instructions)
-        filled = tokens.flatten(0, 1).to(embeddings.dtype)  # [S*n, D]
-        return embeddings.masked_scatter((batch.ids == IMAGE_SLOT)[..., None], filled)
+            assert isinstance(batch.image_inputs, Tensor)
+            filled = self.project_each(batch.image_inputs, batch.image_index.tolist(), batch.instructions).flatten(0, 1)
+        return embeddings.masked_scatter((batch.ids == IMAGE_SLOT)[..., None], filled.to(embeddings.dtype))
 
-    def project(self, inputs: Tensor) -> Tensor:
-        """Projected tokens [U,n,D] of pixels [U,3,H,W] or of cached image tokens [U,N,D]."""
+    def project(self, inputs: Tensor | TiledPictures) -> Tensor | list[Tensor]:
+        """Projected tokens [U,n,D] of pixels [U,3,H,W] or of cached image tokens [U,N,D]; of tiles, a list of [n,D]."""
+        if isinstance(inputs, TiledPictures):
+            assert self.tiling is not None
+            return self.tiling.split(self.bridge(self.encode_pixels(inputs.pixels)), inputs.sizes, self.bridge.newline)
         return self.bridge(self._features(inputs))
 
     def project_each(self, inputs: Tensor, slots: Sequence[int], instructions: TextBatch) -> Tensor:
@@ -220,7 +244,10 @@ class GenerativeModel(TaskModel):
         return self.encode_pixels(inputs) if inputs.ndim == 4 else inputs
 
     def picture_features(self) -> PictureFeatures | None:
-        """What the feature cache keeps of a picture: its tokens [N,D]; nothing while the encoder learns."""
+        """What the feature cache keeps of a picture: its tokens [N,D]; nothing while the encoder learns, or of tiles,
+        whose number changes from picture to picture."""
+        if self.tiling is not None:
+            return None
         return frozen_features(self.image_encoder, "tokens", lambda features: features.tokens)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -232,25 +259,31 @@ class GenerativeModel(TaskModel):
     # ---- tasks -----------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def encode_pictures(self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] = ()) -> Tensor:
-        """Projected tokens [B,n,D] of pictures (paths, PIL images or arrays), in chunks.
+    def encode_pictures(
+        self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] = ()
+    ) -> Tensor | list[Tensor]:
+        """Projected tokens [B,n,D] of pictures (paths, PIL images or arrays), in chunks; of tiles, a list of [n,D].
 
         instructions: token ids that a bridge which follows instructions reads, one for each picture. A picture that is
         given several times is encoded once.
         """
+        if (tiling := self.tiling) is not None:
+            cut = (stack_pictures([tiling.cut(image)]).to(self.device) for image in images)
+            return [tokens for picture in cut for tokens in self.project(picture)]
         features = self.picture_features()
         unique = {picture_key(image): image for image in images}
         number = {key: i for i, key in enumerate(unique)}
         owners = [number[picture_key(image)] for image in images]
         order: list[int] = []
-        pieces = []
+        pieces: list[Any] = []
         for start in range(0, len(unique), ENCODER_CHUNK):
             chunk = list(unique.values())[start : start + ENCODER_CHUNK]
-            inputs = self._pixels(chunk) if features is None else encode_pictures(features, chunk)
+            inputs: Any = self._pixels(chunk) if features is None else encode_pictures(features, chunk)
             rows = [i for i, owner in enumerate(owners) if start <= owner < start + ENCODER_CHUNK]
             slots = [owners[i] - start for i in rows]
             if self.instruction_tokenizer is None:
-                pieces.append(self.project(inputs.to(self.device))[slots])
+                projected: Any = self.project(inputs.to(self.device))
+                pieces.append(projected[slots])
             else:
                 asked = TextBatch.of([instructions[i] for i in rows], self.instruction_tokenizer.pad, self.device)
                 pieces.append(self.project_each(inputs.to(self.device), slots, asked))
@@ -290,8 +323,8 @@ class GenerativeModel(TaskModel):
             prompts = [self._prompt(self.caption_messages(), (picture,), generation) for picture in pictures]
         else:
             text = self._verbatim(prompt, "")
-            prompts = [Prompt(self._fitted(text, generation, tail=0), (picture,)) for picture in pictures]
-            _check_places(prompts)
+            _check_places(text, 1)
+            prompts = [Prompt(self._fitted(text, (picture,), generation, tail=0), (picture,)) for picture in pictures]
         return self._generate(prompts, generation)
 
     def chat(self, messages: Iterable[dict[str, Any]], **generation: Any) -> str:
@@ -302,7 +335,7 @@ class GenerativeModel(TaskModel):
         turns: list[Message] = []
         pictures: list[Any] = []
         for message in messages:
-            turn, shown = _turn(message)
+            turn, shown = read_message(message)
             turns.append(turn)
             pictures += shown
         return self.say(turns, pictures, **generation)
@@ -332,16 +365,11 @@ class GenerativeModel(TaskModel):
         by_key = {str(picture_key(picture)): picture for picture in pictures}
         keys = [[str(picture_key(picture))] for picture in pictures]
         lm = self.language_model
-        rows = [
-            truncate(
-                expand_slots(self._verbatim(prompt, text), self.image_tokens),
-                lm.context_length,
-            )
-            for prompt, text in zip(prompts, texts)
-        ]
-        for row in rows:
-            if sum(t == IMAGE_SLOT for t in row.ids) != self.image_tokens:
-                raise VlmError("score: a prompt must show its picture once")
+        bare = [self._verbatim(prompt, text) for prompt, text in zip(prompts, texts)]
+        if any(row.num_images != 1 for row in bare):
+            raise VlmError("score: a prompt must show its picture once")
+        counts = [[count] for count in self.count_tokens(pictures)]
+        rows = [truncate(expand_slots(row, count), lm.context_length) for row, count in zip(bare, counts)]
         batch = self.collate_unshared(rows, keys)
         batch = batch.with_images(lambda names: self._pixels([by_key[name] for name in names])).to(self.device)
         states, targets = self.label_states(batch)
@@ -367,15 +395,16 @@ class GenerativeModel(TaskModel):
         """Whether the start token stands behind the picture, as this model learned it."""
         return stands_behind_picture(self.spec.template, self.tokenizer)
 
-    def _pixels(self, pictures: list[Any]) -> Tensor:
+    def _pixels(self, pictures: list[Any]) -> Tensor | TiledPictures:
+        if self.tiling is not None:
+            return stack_pictures([self.tiling.cut(picture) for picture in pictures])
         return torch.stack([self.image_encoder.transform.eval(load_image(p)) for p in pictures])
 
     def _prompt(self, turns: Sequence[Message], pictures: tuple[Any, ...], generation: dict[str, Any]) -> Prompt:
         text = tokenize_conversation(turns, self.spec.template, self.tokenizer, add_generation_prompt=True)
         text = self._instructed(text, turns)
-        prompt = Prompt(self._fitted(text, generation, tail=self._tail), pictures)
-        _check_places([prompt])
-        return prompt
+        _check_places(text, len(pictures))
+        return Prompt(self._fitted(text, pictures, generation, tail=self._tail), pictures)
 
     @cached_property
     def _tail(self) -> int:
@@ -389,9 +418,11 @@ class GenerativeModel(TaskModel):
             count += 1
         return count
 
-    def _fitted(self, text: TokenizedText, generation: dict[str, Any], tail: int) -> TokenizedText:
+    def _fitted(
+        self, text: TokenizedText, pictures: Sequence[Any], generation: dict[str, Any], tail: int
+    ) -> TokenizedText:
         room = self.language_model.context_length - int(generation.get("max_new_tokens") or 64)
-        return fit_prompt(text, room - text.num_images * (self.image_tokens - 1), tail)
+        return fit_prompt(text, room - sum(self.count_tokens(pictures)) + text.num_images, tail)
 
     def say(self, turns: Sequence[Message], pictures: Sequence[Any], **generation: Any) -> str:
         """The assistant's next turn in a conversation whose text marks each picture with `<image>`."""
@@ -416,33 +447,10 @@ class GenerativeModel(TaskModel):
         return {"stop_strings": [end]} if end else {}
 
 
-def _turn(message: dict[str, Any]) -> tuple[Message, list[Any]]:
-    """One chat message as text with placeholders, and its pictures."""
-    if not isinstance(message, dict):
-        raise VlmError(f"chat: a message is {{role: ..., content: ...}}, got {type(message).__name__}")
-    content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or message.get("role") not in ("system", "user", "assistant"):
-        raise VlmError("chat: a message is {role: system|user|assistant, content: text or a list of parts}")
-    text, pictures = "", []
-    for part in parts:
-        if not isinstance(part, dict):
-            raise VlmError(f"chat: a part is {{type: image|text, ...}}, got {type(part).__name__}")
-        if part.get("type") == "image" and "image" in part:
-            text += IMAGE_PLACEHOLDER + "\n"
-            pictures.append(part["image"])
-        elif part.get("type") == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        else:
-            raise VlmError("chat: a part is {type: image, image: ...} or {type: text, text: ...}")
-    return Message(message["role"], text), pictures
-
-
-def _check_places(prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
-        shown, there = prompt.text.num_images, len(prompt.images)
-        if shown != there:
-            raise VlmError(f"a prompt shows `<image>` {_number(shown, 'time')} for {_number(there, 'picture')}")
+def _check_places(text: TokenizedText, pictures: int) -> None:
+    if text.num_images != pictures:
+        shown, there = _number(text.num_images, "time"), _number(pictures, "picture")
+        raise VlmError(f"a prompt shows `<image>` {shown} for {there}")
 
 
 def _number(count: int, noun: str) -> str:

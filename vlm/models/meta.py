@@ -82,7 +82,8 @@ def _generative(spec: GenerativeSpec, image_encoder: ImageEncoder) -> MetaModel:
             sizes = qformer_sizes(spec.bridge, image_encoder.width, text=spec.bridge.instruction)
             bridge = QFormerProjection(sizes, width)
         else:
-            bridge = Projection(spec.bridge, image_encoder.width, width, image_encoder.num_tokens, image_encoder.grid)
+            shape = image_encoder.width, width, image_encoder.num_tokens, image_encoder.grid
+            bridge = Projection(spec.bridge, *shape, tiles=spec.image_encoder.resize == "anyres")
     return MetaModel(image_encoder, bridge, network)
 
 

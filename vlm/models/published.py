@@ -24,7 +24,7 @@ PUBLISHED: dict[str, Loader] = {
     "llava_llama": load_llava,
     "llava_mistral": load_llava,
     "llava_qwen2": load_llava,
-    "llava_next": load_llava,  # which says why it cannot
+    "llava_next": load_llava,
 }
 
 

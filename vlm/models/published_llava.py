@@ -17,11 +17,11 @@ _CAPTION_PROMPT = "<image>\nProvide a one-sentence caption for the provided imag
 
 
 def load_llava(reference: str, device: str | torch.device | None = None, precision: str = "auto") -> GenerativeModel:
-    """LLaVA-1.0 or 1.5 from a hub id or local folder, frozen and in eval mode.
+    """LLaVA-1.0, 1.5 or 1.6 from a hub id or local folder, frozen and in eval mode.
 
     Transformers' layout, or the authors': merged, LoRA beside its base, or the projector beside its language model.
     The template is Vicuna's for Llama, else the tokeniser's own; one of our exports names it.
-    Raises VlmError on keys that are missing or left over, and for LLaVA-1.6's tiles.
+    Raises VlmError on keys that are missing or left over.
     """
     checkpoint = read_llava(reference)
     model = build_model(llava_spec(checkpoint), device=device, precision=precision)
@@ -42,7 +42,11 @@ def llava_spec(checkpoint: LlavaCheckpoint) -> GenerativeSpec:
         prompts["template"] = _template(checkpoint)
     return GenerativeSpec(
         image_encoder=ImageEncoderSpec(
-            name=name, layer=checkpoint.layer, drop_cls=checkpoint.drop_cls, resize=checkpoint.resize
+            name=name,
+            layer=checkpoint.layer,
+            drop_cls=checkpoint.drop_cls,
+            resize=checkpoint.resize,
+            grid_pinpoints=checkpoint.pinpoints,
         ),
         bridge=ProjectionSpec(type=kind, depth=depth),
         language_model=LanguageModelSpec(name=name),

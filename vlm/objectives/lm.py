@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlm.objectives.frozen_head import frozen_head_cross_entropy_sum
 from vlm.objectives.fused import can_fuse, fused_cross_entropy_sum
 from vlm.objectives.objective import Loss, ReadOuts
 from vlm.recipe import ObjectiveSpec
@@ -24,8 +25,11 @@ def lm_loss(read: ReadOuts, spec: ObjectiveSpec) -> Loss:
     """Sum of cross-entropy over the labelled positions, and how many of them the model gets right."""
     states, targets = read("label_states")  # [n, D], [n]
     model = read.model
-    if len(targets) and can_fuse(states, model.plain_head):
-        loss, correct = fused_cross_entropy_sum(states, targets, model.plain_head, spec.smoothing)
+    head = model.plain_head
+    if len(targets) and can_fuse(states, head):
+        loss, correct = fused_cross_entropy_sum(states, targets, head, spec.smoothing)
+    elif head is not None and not head.requires_grad and head.is_floating_point() and not spec.smoothing:
+        loss, correct = frozen_head_cross_entropy_sum(states, targets, head, CHUNK)
     else:
         loss, correct = cross_entropy_sum(states, targets, model.word_logits, smoothing=spec.smoothing)
     return loss, {"token_accuracy": correct}

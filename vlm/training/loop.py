@@ -22,7 +22,7 @@ from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
 from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers
 from vlm.training.meter import Meter, matmul_peak, peak_memory
-from vlm.training.optimiser import build_optimizer, gradients_finite, schedule_factor, set_learning_rate
+from vlm.training.optimiser import build_optimizer, gradient_norm, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
 from vlm.training.sharding import shard_task
@@ -242,12 +242,13 @@ class Trainer:
         scaler = self.accelerator.scaler  # fp16 alone has one
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        finite = gradients_finite(self.parameters) and math.isfinite(losses["loss"])
+        norm = gradient_norm(self.parameters)
+        finite = math.isfinite(norm) and math.isfinite(losses["loss"])
         if self.recipe.train.fsdp:  # each process sees its share of the gradients, and all must do the same
             finite = not self.accelerator.reduce(torch.tensor(float(not finite), device=self.device)).item()
         if finite:
             if self.recipe.optimizer.clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_grad)
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optimizer.clip_grad, norm)
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
             self.model.after_step()
             self.bad_steps = 0

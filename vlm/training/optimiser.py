@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlm.errors import VlmError, did_you_mean
@@ -38,6 +38,7 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
         [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay), members in ordered],
         betas=section.betas,
         eps=section.eps,
+        fused=_can_fuse(parameter for _, parameter in named),
     )
 
 
@@ -57,6 +58,11 @@ def layers_behind(name: str, depth: int) -> int:
     if found := _IMAGE_LAYER.match(name):
         return depth - int(found[1])
     return depth + 1 if _EMBEDDING.search(name) else 1
+
+
+def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether the update can be one kernel: adapters are hundreds of small tensors."""
+    return all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
 
 
 def schedule_factor(section: ScheduleSection, step: int, steps: int) -> float:
@@ -82,7 +88,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def gradients_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether no gradient holds NaN or infinity; of shards, those of this process."""
-    gradients = (p.grad for p in parameters if p.grad is not None)
-    return all(bool(torch.isfinite(g.to_local() if isinstance(g, DTensor) else g).all()) for g in gradients)
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together: NaN or infinite where one of them is; of shards, of the whole gradient."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -18,6 +18,7 @@ from vlm.data.images import load_image
 from vlm.data.mixing import MixtureOrder
 from vlm.data.samples import Sample
 from vlm.data.sharded_samples import ShardedSamples, Unread, shard_sizes
+from vlm.data.tiling import TiledPicture, stack_pictures
 from vlm.data.transforms import ImageTransform
 from vlm.errors import VlmError
 from vlm.recipe import DataSection, DataSpec
@@ -43,7 +44,7 @@ class Prepared:
 
     texts: Any
     images: tuple[str, ...]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | TiledPicture]
     place: int
 
 
@@ -51,7 +52,7 @@ class Prepared:
 class SampleSource:
     """All training samples, their order, and the way to a picture's tensor.
 
-    load_picture: (path, step) -> pixels [3,H,W] or features.
+    load_picture: (path, step) -> pixels [3,H,W], tiles, or features.
     broken: sample id -> reason, for samples that were skipped.
     """
 
@@ -59,7 +60,7 @@ class SampleSource:
     section: DataSection
     sources: list[Sequence[Sample]]
     order: MixtureOrder
-    load_picture: Callable[[str, int], Tensor]
+    load_picture: Callable[[str, int], Tensor | TiledPicture]
     log: Callable[[str], None]
     broken: dict[str, str] = field(default_factory=dict)
     _begun: list[Future[Any]] = field(default_factory=list)
@@ -145,7 +146,7 @@ class SampleSource:
         tensors = {path: tensor for sample in prepared for path, tensor in sample.tensors.items()}
         places = [sample.place for sample in prepared]
         batch = self.model.collate([(sample.texts, sample.images) for sample in prepared], places)
-        return batch.with_images(lambda paths: torch.stack([tensors[path] for path in paths]))
+        return batch.with_images(lambda paths: stack_pictures([tensors[path] for path in paths]))
 
 
 def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str], None]) -> SampleSource:
@@ -164,7 +165,7 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
         weights = [math.sqrt(len(samples)) for samples in sources]  # Dai et al. 2023 (InstructBLIP), section 2.2
     order = MixtureOrder([len(s) for s in sources], weights or None, seed, shards, section.shuffle_buffer)
 
-    source = SampleSource(model, section, sources, order, _pixels(model.image_encoder, section, seed), log)
+    source = SampleSource(model, section, sources, order, _pixels(model, section, seed), log)
     for _, broken in loaded:
         for where, reason in broken:
             source.skip(where, reason)
@@ -183,8 +184,13 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     return source
 
 
-def _pixels(encoder: Any, section: DataSection, seed: int) -> Callable[[str, int], Tensor]:
+def _pixels(model: Any, section: DataSection, seed: int) -> Callable[[str, int], Tensor | TiledPicture]:
     """How a picture becomes pixels: as in evaluation, or a random crop that seed, step and picture decide."""
+    encoder = model.image_encoder
+    if (tiling := getattr(model, "tiling", None)) is not None:
+        if section.augment:
+            raise VlmError("data.augment: tiles of `resize: anyres` are not cropped at random: set it to false")
+        return lambda path, step: tiling.cut(path)
     learns = any(p.requires_grad for p in encoder.parameters())
     if not (learns if section.augment is None else section.augment):
         return lambda path, step: encoder.transform.eval(load_image(path))

@@ -90,13 +90,8 @@ class Task(nn.Module):
         seed: of this step's draws. first, number: what `first_pass` found, and which of its batches this is; without
         it, the batch holds all that this process has in this step.
         """
-        # Every trained parameter takes part, also where a batch shows no picture: processes must agree on gradients.
-        nothing = sum(
-            (p.sum() * 0.0 for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)),
-            start=torch.zeros(()),
-        )
         if batch is None:
-            return nothing, {}
+            return self._nothing(), {}
         read = ReadOuts(self.model, batch)
         losses: list[Tensor] = []
         report: Report = {}
@@ -123,11 +118,17 @@ class Task(nn.Module):
             report[spec.name] = report.get(spec.name, 0.0) + loss.detach() / count
             report |= {key: part.detach() / count for key, part in parts.items()}
         if not losses:
-            return nothing, report
+            return self._nothing(), report
         # The zero terms cost a pass over the weights, so they are added only where something may be left out.
         partial = batch.image_inputs is None or (self.needs_pairs and not len(batch))
-        total = sum(losses[1:], start=losses[0]) + (nothing if partial else 0.0)
+        total = sum(losses[1:], start=losses[0]) + (self._nothing() if partial else 0.0)
         return total, {"loss": value, **report}
+
+    def _nothing(self) -> Tensor:
+        """Zero in which every trained parameter takes part, also those that a batch without a picture leaves out:
+        processes must agree on gradients."""
+        learning = (p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor))
+        return sum((p.sum() * 0.0 for p in learning), start=torch.zeros(()))
 
     def _compare(self, pairs: Pairs, counts: Tensor) -> tuple[Tensor, Report]:
         """The comparing objectives' weighted share of the loss, and what they report."""
