@@ -203,7 +203,7 @@ class GenerativeSpec(Strict):
 
     @model_validator(mode="after")
     def _tiles_are_projected(self) -> "GenerativeSpec":
-        if isinstance(self.bridge, QFormerBridgeSpec):
+        if isinstance(self.bridge, QFormerProjectionSpec):
             _one_size(self.image_encoder)
         return self
 

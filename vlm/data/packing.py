@@ -8,6 +8,7 @@ tree of one node, and packing puts several trees into one row.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor

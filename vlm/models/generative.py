@@ -218,11 +218,7 @@ class GenerativeModel(TaskModel):
             return embeddings
         if batch.instructions is None:
             tokens = self.project(batch.image_inputs)
-            places = batch.image_index
-            # [S*n, D]
-            filled = (
-                tokens[places].flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat([tokens[i] for i in places])
-            )
+            filled = torch.cat([tokens[i] for i in batch.image_index.tolist()])  # [S*n, D]
         else:
             assert isinstance(batch.image_inputs, Tensor)
             filled = self.project_each(batch.image_inputs, batch.image_index.tolist(), batch.instructions).flatten(0, 1)
