@@ -218,7 +218,10 @@ class GenerativeModel(TaskModel):
             return embeddings
         if batch.instructions is None:
             tokens = self.project(batch.image_inputs)
-            filled = torch.cat([tokens[i] for i in batch.image_index.tolist()])  # [S*n, D]
+            if isinstance(tokens, Tensor):
+                filled = tokens[batch.image_index].flatten(0, 1)  # [S*n, D]
+            else:
+                filled = torch.cat([tokens[i] for i in batch.image_index.tolist()])
         else:
             assert isinstance(batch.image_inputs, Tensor)
             filled = self.project_each(batch.image_inputs, batch.image_index.tolist(), batch.instructions).flatten(0, 1)
