@@ -5,7 +5,7 @@ import torch
 
 from vlm import VlmError, load_recipe
 from vlm.backbones.known_configs import find_config, known_names
-from vlm.models.meta import build_on_meta
+from vlm.models.meta import build_on_meta, part_sizes, trained_sizes
 
 CLIP_LAYER = 12_596_224  # 4 x 1024 x 1025 + 2 x 2 x 1024 + 1024 x 4096 + 4096 + 4096 x 1024 + 1024
 VICUNA_7B, VICUNA_13B = 6_738_415_616, 13_015_864_320
@@ -45,10 +45,10 @@ def meta():
 )
 def test_parameters_are_counted_to_the_unit(meta, name, bridge, language, trained):
     model = meta(name)
-    counts = model.counts()
+    counts = part_sizes(model)
     assert counts["bridge"] == bridge
     assert counts["language_model"] == language
-    told = model.trained()
+    told = trained_sizes(model)
     assert {key: told[key] for key in trained} == trained
     assert ("image_encoder" in told) == (name == "siglip2_smollm2")
 
@@ -62,9 +62,9 @@ def test_llava_15_is_as_large_as_transformers_own(meta):
         theirs = t.LlavaForConditionalGeneration(t.LlavaConfig(vision_config=clip.vision_config, text_config=vicuna))
     whole = sum(p.numel() for p in theirs.parameters())
     assert whole == 7_062_902_784
-    assert sum(meta("llava15_finetune").counts().values()) == whole - CLIP_LAYER - 2 * 1024
+    assert sum(part_sizes(meta("llava15_finetune")).values()) == whole - CLIP_LAYER - 2 * 1024
     projector = sum(p.numel() for p in theirs.model.multi_modal_projector.parameters())
-    assert meta("llava15_finetune").counts()["bridge"] == projector
+    assert part_sizes(meta("llava15_finetune"))["bridge"] == projector
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,20 @@ def _finish(model: Any, name: str, layer: int, image_size: int | None) -> tuple[
     return TimmTower(model, layer, name), transform
 
 
+def build_untrained_timm(
+    name: str, layer: int, image_size: int | None, depth: int | None = None
+) -> tuple[Tower, ImageTransform]:
+    """As `build_timm` without weights, on whatever device is torch's default. depth: blocks, fewer than its own."""
+    import timm
+
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if not folder.is_dir():
+        _check_name(name)
+    options = {"depth": depth} if depth is not None and "vit" in name.partition(".")[0] else {}
+    model = timm.create_model(f"local-dir:{folder}" if folder.is_dir() else name, pretrained=False, **options)
+    return _finish(model, name, layer, image_size)
+
+
 def timm_transform(model: nn.Module, name: str) -> ImageTransform:
     """The evaluation transform in a timm model's own data configuration."""
     from timm.data import resolve_model_data_config

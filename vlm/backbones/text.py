@@ -140,13 +140,13 @@ class OpenClipTextTower(TextTower):
 _HEADS = (r"(.*\.)?pooler\..*", r"cls\..*", r"lm_head\..*", r"vocab_(transform|layer_norm|projector)\..*")
 _OTHER_TOWER = (r"(clip\.|siglip\.)?(vision_model|visual_projection)\b.*", r"(clip\.|siglip\.)?logit_(scale|bias)")
 # What `model_type` means -> class in transformers, keys that may be left over.
-_DUAL = {
+DUAL = {
     "clip": ("CLIPTextModelWithProjection", _OTHER_TOWER),
     "clip_text_model": ("CLIPTextModelWithProjection", _OTHER_TOWER),
     "siglip": ("SiglipTextModel", _OTHER_TOWER),
     "siglip_text_model": ("SiglipTextModel", _OTHER_TOWER),
 }
-_BIDIRECTIONAL = {
+BIDIRECTIONAL = {
     "bert": "BertModel",
     "roberta": "RobertaModel",
     "xlm-roberta": "XLMRobertaModel",
@@ -178,20 +178,20 @@ def _build_hf(name: str, reference: str) -> TextEncoder:
 
     config = load_config(reference)
     kind = config.model_type
-    if kind not in _DUAL and kind not in _BIDIRECTIONAL:
-        hint = did_you_mean(kind, [*_DUAL, *_BIDIRECTIONAL])
+    if kind not in DUAL and kind not in BIDIRECTIONAL:
+        hint = did_you_mean(kind, [*DUAL, *BIDIRECTIONAL])
         raise VlmError(f"hf:{reference}: no text encoder can be made of a {kind!r} model{hint}")
     tower: TextTower
-    if kind in _DUAL:
-        cls, unused = _DUAL[kind]
+    if kind in DUAL:
+        cls, unused = DUAL[kind]
         model, _ = load_strictly(getattr(transformers, cls), reference, unused)
         tower = HfDualTextTower(model)
     else:
         options: dict[str, Any] = {} if kind == "distilbert" else {"add_pooling_layer": False}
-        model, _ = load_strictly(getattr(transformers, _BIDIRECTIONAL[kind]), reference, _HEADS, **options)
+        model, _ = load_strictly(getattr(transformers, BIDIRECTIONAL[kind]), reference, _HEADS, **options)
         tower = HfTextTower(model, _sentence_pooling(reference))
     tokenize, context = hf_tokenizer(reference, kind, model.config.max_position_embeddings)
-    return TextEncoder(name, tower, tokenize, context, has_cls=kind not in _DUAL)
+    return TextEncoder(name, tower, tokenize, context, has_cls=kind not in DUAL)
 
 
 def hf_tokenizer(reference: str, kind: str, max_positions: int) -> tuple[Tokenize, int]:

@@ -1,0 +1,1 @@
+"""What a run costs, known beforehand: parameters, operations, memory, time."""
