@@ -121,6 +121,7 @@ def test_each_pair_is_scored_once_and_each_picture_seen_twice(
     model: QFormerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once for its embedding, once for all its pairs of both ways."""
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))  # another test's answers would be taken from there
     file, paths, _ = captioned(tmp_path)
     asked: list[int] = []
     seen: list[str] = []
