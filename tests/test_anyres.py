@@ -159,7 +159,7 @@ def test_tiles_count_against_the_context_and_the_length(tiny_folder, tmp_path):
     sample = Sample("a", (path,), (tuple(model.question_messages("what?", "red")),))
     with pytest.raises(VlmError, match="pictures do not fit"):
         model.prepare_texts(sample, limit=20)
-    prompt = model._prompt(model.question_messages("what color is it? " * 400), (path,), {"max_new_tokens": 4})
+    prompt = model.prompts.asking(model.question_messages("what color is it? " * 400), (path,), {"max_new_tokens": 4})
     length = len(prompt.text.ids) + model.count_tokens([path])[0] - 1
     assert length == model.language_model.context_length - 4
 

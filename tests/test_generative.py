@@ -143,7 +143,7 @@ def test_a_long_question_is_cut_and_the_picture_is_not(tiny_folder, tmp_path):
     (path,) = pictures(tmp_path, 1)
     long = "what color is the shape? " * 400
     assert isinstance(model.answer(path, long, max_new_tokens=4)[0], str)
-    prompt = model._prompt(model.question_messages(long), (path,), {"max_new_tokens": 4})
+    prompt = model.prompts.asking(model.question_messages(long), (path,), {"max_new_tokens": 4})
     length = len(prompt.text.ids) + model.image_tokens - 1
     assert length == model.language_model.context_length - 4
     assert prompt.text.num_images == 1

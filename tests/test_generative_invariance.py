@@ -59,7 +59,7 @@ def _conversations(one, two):
 def test_turns_of_conversations_are_the_same_alone_and_in_a_batch(tiny_folder, tmp_path, kind, template):
     model = generative_model(tiny_folder, kind, template=template)
     talks = _conversations(*pictures(tmp_path, 2))
-    prompts = [model._prompt(turns, images, OPTIONS) for turns, images in talks]
+    prompts = [model.prompts.asking(turns, images, OPTIONS) for turns, images in talks]
     together = model._generate(prompts, OPTIONS)
     assert together == [model.say(turns, images, **OPTIONS) for turns, images in talks]
     assert together == model._generate(prompts[::-1], OPTIONS)[::-1]

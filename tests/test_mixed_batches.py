@@ -103,7 +103,7 @@ def test_an_answer_ends_with_what_the_template_trains(tiny_folder):
     ends = {}
     for template in ("plain", "vicuna_v0", "vicuna_v1", "chatml"):
         model = generative_model(tiny_folder, "llama", template=template)
-        ends[template] = model._stops
+        ends[template] = model.prompts.stops
     end_token, im_end = (model.tokenizer.convert_tokens_to_ids(t) for t in ("</s>", "<|im_end|>"))
     assert ends["plain"] == {"stop_strings": ["\n"]}
     assert ends["vicuna_v0"] == {"stop_strings": ["###"]}

@@ -181,7 +181,7 @@ def _write(config: Any, state: dict[str, Tensor], model: GenerativeModel, folder
         network = LlavaForConditionalGeneration(config)
     network.load_state_dict({k: v.detach().cpu().contiguous() for k, v in state.items()}, assign=True)
     network.tie_weights()
-    stops = model._stops.get("eos_token_id", model.language_model.stop_ids)
+    stops = model.prompts.stops.get("eos_token_id", model.language_model.stop_ids)
     network.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=model.tokenizer.pad_token_id)
     tokenizer: Any = model.tokenizer
     template = _FLATTEN + resolve_template(model.spec.template, tokenizer).replace("\r", "")

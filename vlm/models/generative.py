@@ -1,7 +1,6 @@
 """The generative model (LLaVA, BLIP-2's second stage): image encoder -> bridge -> language model."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,14 +13,7 @@ from vlm.bridges.projection import Projection
 from vlm.bridges.qformer_init import QFormerTokenizer
 from vlm.bridges.qformer_projection import QFormerProjection
 from vlm.data.chat_messages import read_message
-from vlm.data.conversation import (
-    IMAGE_SLOT,
-    TokenizedText,
-    fit_prompt,
-    stands_behind_picture,
-    tokenize_conversation,
-    tokenize_prompt_and_text,
-)
+from vlm.data.conversation import IMAGE_SLOT, TokenizedText, tokenize_conversation
 from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import as_list, load_image
 from vlm.data.packing import (
@@ -35,19 +27,19 @@ from vlm.data.packing import (
     pack,
     truncate,
 )
-from vlm.data.records import IMAGE_PLACEHOLDER, Message, Record
+from vlm.data.records import Message, Record
 from vlm.data.samples import Sample, make_samples
 from vlm.data.splitting import split_text
 from vlm.data.stored_features import encode_pictures
-from vlm.data.templates import answer_end
 from vlm.data.text_batch import TextBatch
 from vlm.data.tiling import TiledPictures, Tiling, build_tiling, stack_pictures
 from vlm.errors import VlmError
-from vlm.model_spec import GenerativeSpec, QFormerProjectionSpec
+from vlm.model_spec import GenerativeSpec
 from vlm.models.counting import operations_per_token
 from vlm.models.freezing import set_mode
 from vlm.models.generation import Prompt, generate_texts, picture_key
 from vlm.models.generation_arguments import check_generation
+from vlm.models.prompts import PromptWriter, check_places
 from vlm.models.tasks import TaskModel
 from vlm.objectives.lm import token_log_probs
 from vlm.objectives.objective import ReadOuts
@@ -80,6 +72,7 @@ class GenerativeModel(TaskModel):
         self.language_model = language_model
         self.image_tokens = bridge.num_tokens
         self.instruction_tokenizer = instruction_tokenizer
+        self.prompts = PromptWriter(self)
         self.tiling: Tiling | None = None
         if isinstance(bridge, Projection) and spec.image_encoder.resize == "anyres":
             self.tiling = build_tiling(image_encoder.transform, spec.image_encoder.grid_pinpoints, bridge.grid_out)
@@ -135,11 +128,9 @@ class GenerativeModel(TaskModel):
         Raises VlmError if cutting would hurt a picture or leave nothing to train on, or if there are other pictures
         than places for them.
         """
-        text = self._instructed(tokenize_conversation(messages, self.spec.template, self.tokenizer), messages)
+        text = self.prompts.instructed(tokenize_conversation(messages, self.spec.template, self.tokenizer), messages)
         counts = [self.image_tokens] * text.num_images if counts is None else counts
-        if text.num_images != len(counts):
-            shown, there = _number(text.num_images, "time"), _number(len(counts), "picture")
-            raise VlmError(f"`<image>` stands {shown} for {there}")
+        check_places(text, len(counts))
         limit = min(limit or self.language_model.context_length, self.language_model.context_length)
         return truncate(expand_slots(text, counts), limit)
 
@@ -147,16 +138,6 @@ class GenerativeModel(TaskModel):
         """How many tokens each picture takes in the prompt; where it is cut into tiles, its size decides."""
         tiling = self.tiling
         return [self.image_tokens if tiling is None else tiling.count(image) for image in images]
-
-    def _instructed(self, text: TokenizedText, messages: Sequence[Message]) -> TokenizedText:
-        """`text` with what the user says as the instruction, where the bridge reads one."""
-        if self.instruction_tokenizer is None:
-            return text
-        said = "\n".join(message.text for message in messages if message.role == "user")
-        words = " ".join(said.replace(IMAGE_PLACEHOLDER, " ").split())
-        assert isinstance(self.spec.bridge, QFormerProjectionSpec)
-        (ids,) = self.instruction_tokenizer.ids([words], self.spec.bridge.instruction_length)
-        return replace(text, instruction=tuple(ids))
 
     def question_messages(self, question: str, answer: str | None = None) -> list[Message]:
         """A question about a picture (and its answer) as a conversation."""
@@ -306,7 +287,7 @@ class GenerativeModel(TaskModel):
         if len(pictures) != len(asked):
             raise VlmError(f"answer: {len(pictures)} images for {len(asked)} questions")
         prompts = [
-            self._prompt(self.question_messages(question), (picture,), generation)
+            self.prompts.asking(self.question_messages(question), (picture,), generation)
             for picture, question in zip(pictures, asked)
         ]
         return self._generate(prompts, generation)
@@ -319,11 +300,13 @@ class GenerativeModel(TaskModel):
         check_generation(generation)
         pictures = as_list(images)
         if prompt is None:
-            prompts = [self._prompt(self.caption_messages(), (picture,), generation) for picture in pictures]
+            prompts = [self.prompts.asking(self.caption_messages(), (picture,), generation) for picture in pictures]
         else:
-            text = self._verbatim(prompt, "")
-            _check_places(text, 1)
-            prompts = [Prompt(self._fitted(text, (picture,), generation, tail=0), (picture,)) for picture in pictures]
+            text = self.prompts.verbatim(prompt, "")
+            check_places(text, 1)
+            prompts = [
+                Prompt(self.prompts.fitted(text, (picture,), generation, tail=0), (picture,)) for picture in pictures
+            ]
         return self._generate(prompts, generation)
 
     def chat(self, messages: Iterable[dict[str, Any]], **generation: Any) -> str:
@@ -364,7 +347,7 @@ class GenerativeModel(TaskModel):
         by_key = {str(picture_key(picture)): picture for picture in pictures}
         keys = [[str(picture_key(picture))] for picture in pictures]
         lm = self.language_model
-        bare = [self._verbatim(prompt, text) for prompt, text in zip(prompts, texts)]
+        bare = [self.prompts.verbatim(prompt, text) for prompt, text in zip(prompts, texts)]
         if any(row.num_images != 1 for row in bare):
             raise VlmError("score: a prompt must show its picture once")
         counts = [[count] for count in self.count_tokens(pictures)]
@@ -384,73 +367,20 @@ class GenerativeModel(TaskModel):
         rows: list[Row] = [build_row([text], paths) for text, paths in zip(texts, images)]
         return collate(rows)
 
-    def _verbatim(self, prompt: str, text: str) -> TokenizedText:
-        """A prompt that is taken as it is, and what follows it; the prompt is the instruction."""
-        tokens = tokenize_prompt_and_text(prompt, text, self.tokenizer, self._picture_first)
-        return self._instructed(tokens, [Message("user", prompt)])
-
-    @cached_property
-    def _picture_first(self) -> bool:
-        """Whether the start token stands behind the picture, as this model learned it."""
-        return stands_behind_picture(self.spec.template, self.tokenizer)
-
     def _pixels(self, pictures: list[Any]) -> Tensor | TiledPictures:
         if self.tiling is not None:
             return stack_pictures([self.tiling.cut(picture) for picture in pictures])
         return torch.stack([self.image_encoder.transform.eval(load_image(p)) for p in pictures])
 
-    def _prompt(self, turns: Sequence[Message], pictures: tuple[Any, ...], generation: dict[str, Any]) -> Prompt:
-        text = tokenize_conversation(turns, self.spec.template, self.tokenizer, add_generation_prompt=True)
-        text = self._instructed(text, turns)
-        _check_places(text, len(pictures))
-        return Prompt(self._fitted(text, pictures, generation, tail=self._tail), pictures)
-
-    @cached_property
-    def _tail(self) -> int:
-        """Tokens that the template puts behind the user's text: what two prompts with other texts end in alike."""
-        one, other = (
-            tokenize_conversation([Message("user", word)], self.spec.template, self.tokenizer, True).ids
-            for word in ("a", "b")
-        )
-        count = 0
-        while count < min(len(one), len(other)) and one[-1 - count] == other[-1 - count]:
-            count += 1
-        return count
-
-    def _fitted(
-        self, text: TokenizedText, pictures: Sequence[Any], generation: dict[str, Any], tail: int
-    ) -> TokenizedText:
-        room = self.language_model.context_length - int(generation.get("max_new_tokens") or 64)
-        return fit_prompt(text, room - sum(self.count_tokens(pictures)) + text.num_images, tail)
-
     def say(self, turns: Sequence[Message], pictures: Sequence[Any], **generation: Any) -> str:
         """The assistant's next turn in a conversation whose text marks each picture with `<image>`."""
         check_generation(generation)
-        return self._generate([self._prompt(turns, tuple(pictures), generation)], generation)[0]
+        return self._generate([self.prompts.asking(turns, tuple(pictures), generation)], generation)[0]
 
     def _generate(self, prompts: list[Prompt], generation: dict[str, Any]) -> list[str]:
-        return generate_texts(self, prompts, **{**self._stops, **generation})
+        return generate_texts(self, prompts, **{**self.prompts.stops, **generation})
 
     @property
     def answer_stops(self) -> list[str]:
         """Texts that end an answer, where the template has no end token."""
-        return list(self._stops.get("stop_strings", []))
-
-    @cached_property
-    def _stops(self) -> dict[str, Any]:
-        """What ends an answer: the end token that the template trains, or the text (plain: a line break)."""
-        end = answer_end(self.spec.template, self.tokenizer)
-        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
-        if len(ids) == 1 and ids[0] in self.tokenizer.all_special_ids:
-            return {"eos_token_id": sorted({*self.language_model.stop_ids, *ids})}
-        return {"stop_strings": [end]} if end else {}
-
-
-def _check_places(text: TokenizedText, pictures: int) -> None:
-    if text.num_images != pictures:
-        shown, there = _number(text.num_images, "time"), _number(pictures, "picture")
-        raise VlmError(f"a prompt shows `<image>` {shown} for {there}")
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+        return list(self.prompts.stops.get("stop_strings", []))
