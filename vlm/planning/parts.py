@@ -12,7 +12,8 @@ from vlm.model_spec import QFormerProjectionSpec
 from vlm.models.dual_encoder import DualEncoder
 from vlm.models.generative import GenerativeModel
 from vlm.models.qformer_model import QFormerModel
-from vlm.objectives.lm import cross_entropy_sum
+from vlm.objectives.frozen_head import frozen_head_cross_entropy_sum
+from vlm.objectives.lm import CHUNK, cross_entropy_sum
 from vlm.planning.step import Part
 from vlm.planning.workload import Load
 
@@ -87,6 +88,8 @@ def _generative(model: GenerativeModel, load: Load, cached: bool) -> Chain:
     def head(hidden: Tensor) -> tuple[Tensor, ...]:
         states = hidden[:, : load.labels].flatten(0, 1)
         targets = torch.zeros(len(states), dtype=torch.long)
+        if (plain := model.plain_head) is not None and not plain.requires_grad:
+            return (frozen_head_cross_entropy_sum(states, targets, plain, CHUNK)[0],)
         return (cross_entropy_sum(states, targets, model.word_logits)[0],)
 
     parts = [

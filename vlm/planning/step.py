@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from vlm.planning.live_memory import LiveMemory
+from vlm.planning.meter import StepMeter
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,6 @@ class Cost:
         return sum(self.forward.values()) + sum(self.backward.values())
 
 
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, which also knows attention as a CPU computes it."""
-
-    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-        },
-    )
-
-
 def run_step(parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.dtype, backward: bool = True) -> Cost:
     """Forward and backward of a chain of parts on `inputs`, with autocast where `precision` is not fp32.
 
@@ -67,7 +46,7 @@ def run_step(parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.
     cost = Cost()
     device = next(iter(inputs.values())).device.type
     values, chain = dict(inputs), []
-    with LiveMemory() as memory, flop_counter() as counter:
+    with StepMeter() as meter:
         with torch.autocast(device, precision, enabled=precision != torch.float32):
             seen = 0
             for part in parts:
@@ -76,8 +55,8 @@ def run_step(parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.
                 written = part.run(*cut)
                 values |= zip(part.writes, written)
                 chain.append((part, cut, written))
-                cost.forward[part.name] = cost.forward.get(part.name, 0) + counter.get_total_flops() - seen
-                seen = counter.get_total_flops()
+                cost.forward[part.name] = cost.forward.get(part.name, 0) + meter.flops - seen
+                seen = meter.flops
                 del read, cut, written
         gradients: dict[str, Tensor] = {}
         values.clear()
@@ -93,8 +72,8 @@ def run_step(parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.
                 if value.grad is not None:
                     gradients[name] = gradients[name] + value.grad if name in gradients else value.grad
                     value.grad = None
-            cost.backward[part.name] = cost.backward.get(part.name, 0) + counter.get_total_flops() - seen
-            seen = counter.get_total_flops()
+            cost.backward[part.name] = cost.backward.get(part.name, 0) + meter.flops - seen
+            seen = meter.flops
             del cut, value
-    cost.peak = memory.peak + sum(value.nbytes for value in inputs.values())
+    cost.peak = meter.peak + sum(value.nbytes for value in inputs.values())
     return cost
