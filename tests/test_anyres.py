@@ -8,8 +8,8 @@ from generative_parts import generative_spec, pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_parts import PINPOINTS, original_llava_next, tiny_llava_next
+from llava_reference import QUESTIONS, Theirs, assert_same_answers
 from PIL import Image
-from test_published_llava import QUESTIONS, _compare
 
 from vlm import VlmError, load_model
 from vlm.data.samples import Sample
@@ -25,32 +25,13 @@ SHAPES = [(32, 32), (70, 32), (31, 90), (40, 41), (200, 90)]
 LM = ObjectiveSpec(name="lm")
 
 
-class Theirs:
-    """transformers' model and processor of a folder."""
+def _theirs(folder):
+    import transformers as t
 
-    def __init__(self, folder):
-        import transformers as t
-
-        self.model = t.LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
-        images = t.LlavaNextImageProcessorPil.from_pretrained(folder)
-        self.processor = t.LlavaNextProcessor.from_pretrained(folder)
-        self.processor.image_processor = images
-
-    def inputs(self, image, text):
-        return self.processor(images=Image.open(image), text=text, return_tensors="pt")
-
-    @torch.no_grad()
-    def score(self, image, prompt, text):
-        whole, before = self.inputs(image, f"{prompt} {text}"), self.inputs(image, prompt)
-        count = whole.input_ids.shape[1] - before.input_ids.shape[1]
-        logits = self.model(**whole).logits[0].log_softmax(-1)
-        ids = whole.input_ids[0, -count:]
-        return logits[-count - 1 : -1].gather(1, ids[:, None]).sum()
-
-    def answer(self, image, prompt):
-        inputs = self.inputs(image, prompt)
-        ids = self.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        return self.processor.decode(ids, skip_special_tokens=True).strip()
+    model = t.LlavaNextForConditionalGeneration.from_pretrained(folder)
+    processor = t.LlavaNextProcessor.from_pretrained(folder)
+    processor.image_processor = t.LlavaNextImageProcessorPil.from_pretrained(folder)
+    return Theirs(model, processor)
 
 
 def _llava_next(text, vision, folder):
@@ -70,19 +51,19 @@ def test_llava_16_answers_as_transformers(tiny_folder, tmp_path, text, vision):
     folder = tiny_folder(_llava_next, text, vision)
     ours = load_model(folder, "cpu", "fp32")
     ours.spec = ours.spec.model_copy(update={"template": "vicuna_v1"})
-    _compare(ours, Theirs(folder), shaped(tmp_path, SHAPES[1:4]))
+    assert_same_answers(ours, _theirs(folder), shaped(tmp_path, SHAPES[1:4]))
 
 
 def test_the_authors_layout_answers_as_transformers(tiny_folder, tmp_path):
     hf = tiny_folder(_llava_next, "llama", "clip")
     ours = load_model(original_llava_next(hf, tmp_path), "cpu", "fp32")
     assert ours.tiling.pinpoints == tuple(map(tuple, PINPOINTS))
-    _compare(ours, Theirs(hf), shaped(tmp_path, SHAPES[2:5]))
+    assert_same_answers(ours, _theirs(hf), shaped(tmp_path, SHAPES[2:5]))
 
 
 def test_tiles_have_transformers_pixels_and_number_of_tokens(tiny_folder, tmp_path):
     folder = tiny_folder(_llava_next, "llama", "clip")
-    ours, theirs = load_model(folder, "cpu", "fp32"), Theirs(folder)
+    ours, theirs = load_model(folder, "cpu", "fp32"), _theirs(folder)
     for path in shaped(tmp_path, SHAPES):
         inputs = theirs.inputs(path, "<image>")
         cut = ours.tiling.cut(path)

@@ -17,7 +17,7 @@ from vlm.data.parsing import BrokenRecord
 from vlm.data.prompts import class_names, prompt_templates
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
-from vlm.evaluation import evaluate, load_benchmark
+from vlm.evaluation import evaluate
 from vlm.evaluation.report import render_report
 from vlm.evaluation.retrieval import retrieval_recall
 from vlm.evaluation.zero_shot import zero_shot_scores
@@ -374,28 +374,3 @@ def test_embeddings_of_another_shape_are_an_error(captions: Data, tmp_path: Path
 
     with pytest.raises(VlmError, match=r"encode_image gave embeddings of shape \[4, 2, 2, 3\]"):
         evaluate(benchmark(tmp_path, task="retrieval"), Queries(), progress=False)
-
-
-# --- benchmark files ---
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"task": "zero_shot", "baselines": "train"}, "zero_shot does not read the key 'baselines'"),
-        ({"task": "retrieval", "templates": "cifar"}, "retrieval does not read the key 'templates'"),
-        ({"task": "zero_shot", "prompt": "what?"}, "'prompt'; see `templates`"),
-        ({"task": "zero_shot", "templates": "cifarr"}, "did you mean 'cifar'"),
-        ({"task": "zero_shot", "templates": ["a photo"]}, "each with {}"),
-        ({"task": "zero_shot", "templates": []}, "at least one template"),
-        ({"task": "zero_shot", "classes": "imagenette"}, "did you mean 'imagenet'"),
-        ({"task": "zero_shot", "classes": {}}, "at least one class"),
-        ({"task": "zero_shot", "metric": "acc@2"}, "unknown metric 'acc@2'.*'acc@1'"),
-        ({"task": "retrieval", "prompt": "a photo"}, "lacks {caption}"),
-        ({"task": "retrieval", "metric": "rsum"}, "unknown metric 'rsum'"),
-        ({"task": "retrieval", "protocol": "official"}, "unknown protocol 'official'"),
-    ],
-)
-def test_a_key_that_does_not_fit_the_task_is_an_error(tmp_path: Path, content: dict, message: str) -> None:
-    with pytest.raises(VlmError, match=message):
-        load_benchmark(benchmark(tmp_path, **content))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from generative_parts import pictures
 from llava_parts import lora_matrices, original_llava, tiny_llava
+from llava_reference import Theirs, assert_same_answers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlm import VlmError, load_model
 
-QUESTIONS = ["what color is the shape?", "is it red?", "what is there"]
 LAYOUTS = [("merged", True), ("merged", False), ("projector", True), ("lora", True)]
 KINDS = [("llama", "clip"), ("qwen2", "clip"), ("llama", "siglip")]
 
@@ -25,50 +25,11 @@ def _padding_llava(folder):
     return tiny_llava(folder, pad=True)
 
 
-def _v1(question):
-    from vlm.data.templates import _VICUNA_SYSTEM
+def _theirs(folder):
+    import transformers as t
 
-    return f"{_VICUNA_SYSTEM} USER: <image>\n{question} ASSISTANT:"
-
-
-class Theirs:
-    """transformers' model and processor of a folder."""
-
-    def __init__(self, folder):
-        import transformers as t
-
-        self.model = t.LlavaForConditionalGeneration.from_pretrained(folder).eval()
-        self.processor = t.LlavaProcessor.from_pretrained(folder)
-
-    def inputs(self, image, text):
-        return self.processor(images=Image.open(image), text=text, return_tensors="pt")
-
-    @torch.no_grad()
-    def score(self, image, prompt, text):
-        whole, before = self.inputs(image, f"{prompt} {text}"), self.inputs(image, prompt)
-        count = whole.input_ids.shape[1] - before.input_ids.shape[1]
-        logits = self.model(**whole).logits[0].log_softmax(-1)
-        ids = whole.input_ids[0, -count:]
-        return logits[-count - 1 : -1].gather(1, ids[:, None]).sum()
-
-    def answer(self, image, prompt):
-        inputs = self.inputs(image, prompt)
-        ids = self.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        return self.processor.decode(ids, skip_special_tokens=True).strip()
-
-
-def _compare(ours, theirs, images):
-    """Scores to 1e-4 and the same greedy tokens, single and batched."""
-    prompts = [_v1(question) for question in QUESTIONS]
-    texts = ["a red circle", "yes", "no, it is not"]
-    expected = torch.stack([theirs.score(*triple) for triple in zip(images, prompts, texts)])
-    torch.testing.assert_close(ours.score(images, texts, prompts), expected, rtol=1e-4, atol=1e-4)
-    said = [theirs.answer(image, prompt) for image, prompt in zip(images, prompts)]
-    assert len(set(said)) > 1
-    assert ours.answer(images, QUESTIONS, max_new_tokens=6) == said
-    assert [ours.answer(i, q, max_new_tokens=6)[0] for i, q in zip(images, QUESTIONS)] == said
-    one = ours.answer(images[0], QUESTIONS, max_new_tokens=6)  # shared prefix
-    assert one == [theirs.answer(images[0], prompt) for prompt in prompts]
+    model = t.LlavaForConditionalGeneration.from_pretrained(folder)
+    return Theirs(model, t.LlavaProcessor.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(("text", "vision"), KINDS)
@@ -76,12 +37,12 @@ def test_transformers_layout_answers_as_transformers(tiny_folder, tmp_path, text
     folder = tiny_folder(_llava, text, vision)
     ours = load_model(folder, "cpu", "fp32")
     ours.spec = ours.spec.model_copy(update={"template": "vicuna_v1"})
-    _compare(ours, Theirs(folder), pictures(tmp_path, 3))
+    assert_same_answers(ours, _theirs(folder), pictures(tmp_path, 3))
 
 
 def test_padding_is_taken_from_the_processor(tiny_folder, tmp_path):
     folder = tiny_folder(_padding_llava)
-    ours, theirs = load_model(folder, "cpu", "fp32"), Theirs(folder)
+    ours, theirs = load_model(folder, "cpu", "fp32"), _theirs(folder)
     picture = tmp_path / "wide.png"
     Image.open(pictures(tmp_path, 1)[0]).resize((70, 32)).save(picture)
     expected = theirs.processor.image_processor(Image.open(picture), return_tensors="pt").pixel_values[0]
@@ -118,14 +79,14 @@ def test_both_spellings_of_transformers_keys_are_read(tiny_folder, tmp_path, old
 def test_the_authors_layouts_answer_as_transformers(tiny_folder, tmp_path, layout, tower, pickled):
     hf = tiny_folder(_llava, "llama", "clip")
     ours = load_model(original_llava(hf, tmp_path, layout, pickled, tower), "cpu", "fp32")
-    theirs = Theirs(hf)
+    theirs = _theirs(hf)
     if layout == "lora":
         with torch.no_grad():
             for layer, (a, b) in lora_matrices().items():
                 weight = theirs.model.get_submodule(layer.replace("model.", "model.language_model.", 1)).weight
                 weight += 4 / 2 * b @ a
     assert ours.image_encoder.transform.resize == "pad"
-    _compare(ours, theirs, pictures(tmp_path, 3))
+    assert_same_answers(ours, theirs, pictures(tmp_path, 3))
 
 
 def _edit(folder, **changes):

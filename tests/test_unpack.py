@@ -80,10 +80,8 @@ def test_links_of_a_zip_are_refused(tmp_path: Path) -> None:
         unpack(archive, tmp_path / "out", ["val"])
 
 
-@each_kind
+@pytest.mark.parametrize(("make", "name"), [kind for kind in MAKERS if kind[1] != "a.tar"])  # that is not compressed
 def test_a_bomb_is_stopped(make: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "a.tar":
-        pytest.skip("it is not compressed")
     monkeypatch.setattr("vlm.data.unpack._ROOM", 1000)
     archive = make({"val/1.jpg": b"\0" * 20_000_000}, tmp_path / name)
     with pytest.raises(BrokenArchive, match="grows to more than 200 times its size"):
