@@ -2,42 +2,41 @@
 with what belongs to it) and language model, with every key accounted for.
 """
 
-import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from vlm.backbones.checkpoint_files import MERGED, tensors_of
+from vlm.backbones.checkpoint_parts import KeyTable, Part
 from vlm.backbones.hf_loading import read_config
 from vlm.errors import VlmError
-
-Part = Literal["vision", "bridge", "language"]
 
 # `model_type` of a whole checkpoint.
 KINDS = ("blip-2", "instructblip")
 
-# Key of a checkpoint -> (part, key there). Language keys are those of transformers' causal or encoder-decoder model,
-# vision keys those of its bare tower, bridge keys those of LAVIS (`vlm.bridges.qformer_keys`). The first
-# that fits counts.
-_KEYS: tuple[tuple[str, Part, str], ...] = (
-    (r"vision_model\.post_layernorm\.(.*)", "bridge", r"ln_vision.\1"),
-    (r"vision_model\.(.*)", "vision", r"\1"),
-    (r"language_model\.(.*)", "language", r"\1"),
-    (r"(query_tokens|itm_head\..*)", "bridge", r"\1"),
-    (r"qformer\.(?:embeddings\.)?layernorm\.(.*)", "bridge", r"Qformer.bert.embeddings.LayerNorm.\1"),
-    (r"(?:qformer\.)?embeddings\.((?:word|position)_embeddings\..*)", "bridge", r"Qformer.bert.embeddings.\1"),
+# Language keys are those of transformers' causal or encoder-decoder model, vision keys those of its bare tower, bridge
+# keys those of LAVIS (`vlm.bridges.qformer_keys`).
+_KEYS = KeyTable(
+    "BLIP-2",
     (
-        r"qformer\.encoder\.layer\.(\d+)\.(attention|crossattention)\.attention\.(.*)",
-        "bridge",
-        r"Qformer.bert.encoder.layer.\1.\2.self.\3",
+        (r"vision_model\.post_layernorm\.(.*)", "bridge", r"ln_vision.\1"),
+        (r"vision_model\.(.*)", "vision", r"\1"),
+        (r"language_model\.(.*)", "language", r"\1"),
+        (r"(query_tokens|itm_head\..*)", "bridge", r"\1"),
+        (r"qformer\.(?:embeddings\.)?layernorm\.(.*)", "bridge", r"Qformer.bert.embeddings.LayerNorm.\1"),
+        (r"(?:qformer\.)?embeddings\.((?:word|position)_embeddings\..*)", "bridge", r"Qformer.bert.embeddings.\1"),
+        (
+            r"qformer\.encoder\.layer\.(\d+)\.(attention|crossattention)\.attention\.(.*)",
+            "bridge",
+            r"Qformer.bert.encoder.layer.\1.\2.self.\3",
+        ),
+        (r"qformer\.encoder\.layer\.(.*)", "bridge", r"Qformer.bert.encoder.layer.\1"),
+        (r"language_projection\.(.*)", "bridge", r"llm_proj.\1"),
+        (r"vision_projection\.(.*)", "bridge", r"vision_proj.\1"),
+        (r"text_projection\.(.*)", "bridge", r"text_proj.\1"),
     ),
-    (r"qformer\.encoder\.layer\.(.*)", "bridge", r"Qformer.bert.encoder.layer.\1"),
-    (r"language_projection\.(.*)", "bridge", r"llm_proj.\1"),
-    (r"vision_projection\.(.*)", "bridge", r"vision_proj.\1"),
-    (r"text_projection\.(.*)", "bridge", r"text_proj.\1"),
 )
-_BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,7 @@ class Blip2Checkpoint:
 
     def state(self, part: Part) -> dict[str, Tensor]:
         """The tensors of a part by the key that it has there. Raises VlmError that names keys which belong nowhere."""
-        state: dict[str, Tensor] = {}
-        unknown: list[str] = []
-        for key, tensor in tensors_of(self.reference, MERGED):
-            if _BUFFERS.fullmatch(key):
-                continue
-            owner, name = _place(key)
-            if owner is None:
-                unknown.append(key)
-            if owner == part:
-                state[name] = tensor
-        if unknown:
-            raise VlmError(f"{self.reference}: keys that no BLIP-2 has: {', '.join(sorted(unknown)[:5])}")
-        return state
+        return _KEYS.part_of(tensors_of(self.reference, MERGED), part, self.reference)
 
 
 def is_blip2(config: dict[str, Any]) -> bool:
@@ -122,10 +109,3 @@ def read_blip2(reference: str) -> Blip2Checkpoint:
         retrieval,
         kind == "instructblip",
     )
-
-
-def _place(key: str) -> tuple[Part | None, str]:
-    for pattern, part, name in _KEYS:
-        if match := re.fullmatch(pattern, key):
-            return part, match.expand(name)
-    return None, key

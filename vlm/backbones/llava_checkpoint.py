@@ -14,29 +14,31 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vlm.backbones.checkpoint_files import MERGED, file_of, read_tensors, tensors_of
+from vlm.backbones.checkpoint_parts import KeyTable, Part
 from vlm.backbones.hf_loading import read_config
 from vlm.errors import VlmError
 
-Part = Literal["vision", "bridge", "language"]
-
-# Key of a checkpoint -> (part, key there). Language keys are those of transformers' causal model, vision keys those of
-# its bare tower, bridge keys those of `vlm.bridges.projection.Projection`. The first pattern that fits counts.
-_KEYS: tuple[tuple[str, Part, str], ...] = (
-    # transformers on disk, and in memory since version 5
-    (r"(?:model\.)?language_model\.lm_head\.(.*)", "language", r"lm_head.\1"),
-    (r"(?:model\.)?language_model\.model\.(.*)", "language", r"model.\1"),
-    (r"model\.language_model\.(.*)", "language", r"model.\1"),
-    (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", "bridge", r"layers.0.\1"),
-    (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", "bridge", r"layers.2.\1"),
-    # the authors' own
-    (r"(?:model\.)?vision_tower\.vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
-    (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
-    (r"(?:model\.)?image_newline", "bridge", "newline"),  # LLaVA-1.6, both layouts
-    (r"(?:model\.)?mm_projector\.(weight|bias)", "bridge", r"layers.0.\1"),
-    (r"(?:model\.)?mm_projector\.(\d+\.(?:weight|bias))", "bridge", r"layers.\1"),
-    (r"(model\.(?:embed_tokens|layers|norm)\..*|lm_head\..*)", "language", r"\1"),
+# Language keys are those of transformers' causal model, vision keys those of its bare tower, bridge keys those of
+# `vlm.bridges.projection.Projection`.
+_KEYS = KeyTable(
+    "LLaVA",
+    (
+        # transformers on disk, and in memory since version 5
+        (r"(?:model\.)?language_model\.lm_head\.(.*)", "language", r"lm_head.\1"),
+        (r"(?:model\.)?language_model\.model\.(.*)", "language", r"model.\1"),
+        (r"model\.language_model\.(.*)", "language", r"model.\1"),
+        (r"(?:model\.)?multi_modal_projector\.linear_1\.(.*)", "bridge", r"layers.0.\1"),
+        (r"(?:model\.)?multi_modal_projector\.linear_2\.(.*)", "bridge", r"layers.2.\1"),
+        # the authors' own
+        (r"(?:model\.)?vision_tower\.vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
+        (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.*)", "vision", r"\1"),
+        (r"(?:model\.)?image_newline", "bridge", "newline"),  # LLaVA-1.6, both layouts
+        (r"(?:model\.)?mm_projector\.(weight|bias)", "bridge", r"layers.0.\1"),
+        (r"(?:model\.)?mm_projector\.(\d+\.(?:weight|bias))", "bridge", r"layers.\1"),
+        (r"(model\.(?:embed_tokens|layers|norm)\..*|lm_head\..*)", "language", r"\1"),
+    ),
+    prefix="base_model.model.",
 )
-_BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
 _ADAPTER = re.compile(r"(?:base_model\.model\.)?(?P<layer>.*)\.lora_(?P<side>A|B)(?:\.default)?\.weight")
 _PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -72,17 +74,17 @@ class LlavaCheckpoint:
         Raises VlmError that names keys which belong nowhere.
         """
         if self.base is None:
-            return _part_of(tensors_of(self.reference, MERGED), part, self.reference)
+            return _KEYS.part_of(tensors_of(self.reference, MERGED), part, self.reference)
         if part != "bridge":
-            return self._with_adapters(_part_of(tensors_of(self.base, MERGED), part, self.base), part)
+            return self._with_adapters(_KEYS.part_of(tensors_of(self.base, MERGED), part, self.base), part)
         beside = tensors_of(self.reference, (*_BESIDE_ADAPTERS, *_PROJECTOR))
-        return _part_of(beside, part, self.reference)
+        return _KEYS.part_of(beside, part, self.reference)
 
     def _with_adapters(self, state: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
         if part == "language" and file_of(self.reference, "adapter_config.json"):
             beside = tensors_of(self.reference, _BESIDE_ADAPTERS, optional=True)  # full embeddings or the like
             _merge_adapters(state, tensors_of(self.reference, _ADAPTERS), self.reference)
-            state |= _part_of(beside, part, self.reference)
+            state |= _KEYS.part_of(beside, part, self.reference)
         return state
 
 
@@ -200,27 +202,6 @@ def _resolved(name: str, beside: str) -> str:
     return str(near) if near.is_dir() else name
 
 
-def _part_of(tensors: Iterator[tuple[str, Tensor]], part: Part, where: str) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for key, tensor in tensors:
-        owner, name = _place(key)
-        if owner is None and not _BUFFERS.fullmatch(key):
-            unknown.append(key)
-        if owner == part and not _BUFFERS.fullmatch(key):
-            state[name] = tensor
-    if unknown:
-        raise VlmError(f"{where}: keys that no LLaVA has: {', '.join(sorted(unknown)[:5])}")
-    return state
-
-
-def _place(key: str) -> tuple[Part | None, str]:
-    for pattern, part, name in _KEYS:
-        if match := re.fullmatch(pattern, key.removeprefix("base_model.model.")):
-            return part, match.expand(name)
-    return None, key
-
-
 def _merge_adapters(state: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]], reference: str) -> None:
     """Add B A alpha / rank to each weight that has adapters (Hu et al. 2021, section 4.1), in fp32."""
     path = file_of(reference, "adapter_config.json")
@@ -254,4 +235,4 @@ def read_projector(folder: Path) -> dict[str, Tensor] | None:
         tensors = tensors_of(str(folder), (name,))
     else:
         return None
-    return {f"bridge.{key}": tensor for key, tensor in _part_of(tensors, "bridge", str(folder)).items()} or None
+    return {f"bridge.{key}": tensor for key, tensor in _KEYS.part_of(tensors, "bridge", str(folder)).items()} or None

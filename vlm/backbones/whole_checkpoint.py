@@ -1,11 +1,12 @@
 """Checkpoints that hold a whole vision-language model: an image encoder or a language model may be taken out of one."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from vlm.backbones.blip2_checkpoint import is_blip2, read_blip2
+from vlm.backbones.checkpoint_parts import Part
 from vlm.backbones.hf_loading import read_config
 from vlm.backbones.llava_checkpoint import is_llava, read_llava
 
@@ -27,7 +28,7 @@ class WholeCheckpoint(Protocol):
     def base(self) -> str | None: ...
     @property
     def tower(self) -> str: ...
-    def state(self, part: Literal["vision", "bridge", "language"]) -> dict[str, Tensor]: ...
+    def state(self, part: Part) -> dict[str, Tensor]: ...
 
 
 # (does a `config.json` belong to it, its reader). Another family is one more entry.

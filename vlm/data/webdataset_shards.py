@@ -243,13 +243,18 @@ def read_webdataset(path: Path, split: str, images: Path | None) -> Iterator[Ent
     if images is not None:
         raise VlmError("pictures of the format webdataset lie in the shards; leave `images` out")
     for shard in shards_of(path, split):
-        samples, broken = shard_samples(shard)
-        yield from broken
-        for sample in samples:
-            try:
-                yield read_sample(shard, sample)
-            except Malformed as error:
-                yield BrokenRecord(f"{shard}: {sample.key}", str(error))
+        yield from read_shard(shard)
+
+
+def read_shard(shard: Path) -> Iterator[Entry]:
+    """The records of one shard, and what is wrong with the members that make none."""
+    samples, broken = shard_samples(shard)
+    yield from broken
+    for sample in samples:
+        try:
+            yield read_sample(shard, sample)
+        except Malformed as error:
+            yield BrokenRecord(f"{shard}: {sample.key}", str(error))
 
 
 def shards_of(path: Path, split: str) -> list[Path]:

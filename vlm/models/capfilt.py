@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.data.images import BrokenImage, load_image
-from vlm.data.parsing import BrokenRecord, Malformed
+from vlm.data.parsing import BrokenRecord
 from vlm.data.records import Record
 from vlm.data.shard_writer import add_record
-from vlm.data.webdataset_shards import read_sample, shard_samples
+from vlm.data.webdataset_shards import read_shard
 from vlm.errors import VlmError
 
 if TYPE_CHECKING:
@@ -99,16 +99,7 @@ def pieces_of_shards(shards: Sequence[Path]) -> list[Piece]:
     if repeated := [name for name, count in names.items() if count > 1]:
         raise VlmError(f"{len(repeated)} shards have the name of another, the first: {repeated[0]}.tar")
 
-    def read(shard: Path) -> Iterator[Record | BrokenRecord]:
-        samples, broken = shard_samples(shard)
-        yield from broken
-        for sample in samples:
-            try:
-                yield read_sample(shard, sample)
-            except Malformed as error:
-                yield BrokenRecord(f"{shard}: {sample.key}", str(error))
-
-    return [Piece(shard.stem, lambda shard=shard: read(shard)) for shard in shards]  # type: ignore[misc]
+    return [Piece(shard.stem, lambda shard=shard: read_shard(shard)) for shard in shards]  # type: ignore[misc]
 
 
 def pieces_of_records(records: Sequence[Record], name: str, size: int) -> list[Piece]:
