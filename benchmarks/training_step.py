@@ -146,10 +146,14 @@ class _Loader(list[Any]):
 
 
 def their_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Our first batch as open_clip wants it: pixels [B,3,H,W] and token ids [B,T], in the same order."""
+    """Our first batch as open_clip wants it: pixels [B,3,H,W] and token ids [B,77], in the same order.
+
+    Ours are as long as the batch's longest text, open_clip's as its context.
+    """
     loop = trainer(locked=False)
     batch = loop._collate(loop.source.prepare(loop.source.batch(0, PAIRS)))
-    return batch.image_inputs[batch.image_index], batch.ids
+    context = CONFIG["text_cfg"]["context_length"]  # type: ignore[index]
+    return batch.image_inputs[batch.image_index], torch.nn.functional.pad(batch.ids, (0, context - batch.ids.shape[1]))
 
 
 def same(ours: float, theirs: float) -> None:

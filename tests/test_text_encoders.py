@@ -82,8 +82,19 @@ def test_pooled_is_the_embedding_of_open_clip(build, name_of):
     whole = open_clip.create_model(arch, pretrained=checkpoint).eval()
     encoder = build("open_clip")
     batch = encoder.tokenize(TEXTS)
-    torch.testing.assert_close(encoder(**batch).pooled, whole.encode_text(batch["ids"]), atol=1e-5, rtol=1e-5)
+    ids = open_clip.get_tokenizer(arch)(TEXTS)
+    assert batch["ids"].shape[1] == 12 < ids.shape[1]  # no padding behind the longest text
+    torch.testing.assert_close(encoder(**batch).pooled, whole.encode_text(ids), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(batch["mask"].sum(1), torch.tensor([4, 12, 3]))  # start, words, end
+
+
+def test_the_padding_id_within_a_text_is_a_token(build):
+    """CLIP's id 0 is padding behind a text and an exclamation mark in one."""
+    encoder = build("open_clip")
+    batch = encoder.tokenize(["!%"])
+    assert (batch["ids"] == 0).any()
+    assert batch["mask"].all()
+    assert batch["ids"][0, -1] == batch["ids"].max()  # the end-of-text token is still there
 
 
 def test_bert_pools_its_first_token(build):

@@ -133,8 +133,28 @@ class OpenClipTextTower(TextTower):
         self.text = text
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pooled, tokens = self.text(ids)
+        if reads_padding(self.text):
+            pooled, tokens = self.text(ids)
+            return tokens, pooled
+        from open_clip.transformer import text_global_pool
+
+        text, length = self.text, ids.shape[1]  # open_clip's own forward takes texts of the whole context alone
+        hidden = text.token_embedding(ids) + text.positional_embedding[:length]  # [B, T, D]
+        tokens = text.ln_final(text.transformer(hidden, attn_mask=text.attn_mask[:length, :length]))
+        pooled = text_global_pool(tokens, ids, pool_type=text.pool_type, eos_token_id=text.eos_id)
+        projection = text.text_projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
         return tokens, pooled
+
+
+def reads_padding(text: Any) -> bool:
+    """Whether an open_clip text tower's embedding depends on what is behind the end-of-text token.
+
+    CLIP's does not: it is causal and pools that token, so texts need no padding to the whole context.
+    """
+    causal = getattr(text, "attn_mask", None) is not None and text.cls_emb is None
+    return not (causal and not text.use_pad_mask and text.pool_type in ("argmax", "eos"))
 
 
 _HEADS = (r"(.*\.)?pooler\..*", r"cls\..*", r"lm_head\..*", r"vocab_(transform|layer_norm|projector)\..*")
@@ -263,8 +283,14 @@ def open_clip_tokenizer(reference: str, text: Any) -> tuple[Tokenize, int]:
     tokenizer = open_clip.get_tokenizer(reference.partition("/")[0])
     pad = text.config.pad_token_id if hasattr(text, "config") else text.pad_id
 
+    whole = reads_padding(text)
+
     def tokenize(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         ids = tokenizer(texts)
-        return ids, (ids != pad).long()
+        places = torch.arange(1, ids.shape[1] + 1)
+        # To the last token that is none: CLIP pads with 0, which is also the id of a "!" within a text.
+        lengths = ((ids != pad) * places).amax(1)  # [B]
+        length = ids.shape[1] if whole or not len(ids) else int(lengths.max())
+        return ids[:, :length], (places <= lengths[:, None])[:, :length].long()
 
     return tokenize, int(tokenizer.context_length)
