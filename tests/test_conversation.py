@@ -13,7 +13,7 @@ from vlm.data.conversation import (
     tokenize_prompt_and_text,
 )
 from vlm.data.packing import IGNORE, build_row, concatenate, expand_slots, truncate
-from vlm.data.records import Message
+from vlm.data.records import QUOTED_PLACEHOLDER, Message
 from vlm.data.templates import TEMPLATES, answer_end, image_in_front, render, resolve_template
 from vlm.errors import VlmError
 
@@ -127,6 +127,20 @@ MARKED = [
     "USER: a ASSISTANT: b",
     "[/INST] c",
 ]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("template", [*SEVERAL_TURNS, "tokenizer"])
+def test_the_placeholder_is_a_word_where_it_is_quoted(tokenizers, template, name):
+    tokenizer = tokenizers[name]
+    asked = f"what does {QUOTED_PLACEHOLDER} mean, and {QUOTED_PLACEHOLDER}, and </s>?"
+    turns = [Message("user", f"<image>\n{asked}"), Message("assistant", f"{QUOTED_PLACEHOLDER} is a mark")]
+    text = tokenize_conversation(turns, template, tokenizer)
+    assert text.num_images == 1
+    squeezed = "".join(tokenizer.decode([i for i in text.ids if i != IMAGE_SLOT]).split())
+    assert squeezed.count("<image>") == (3 if template != "plain" else 1)  # the user of `plain` says nothing
+    assert QUOTED_PLACEHOLDER not in squeezed
+    assert "".join(said_by(text, tokenizer)[0].split()).startswith("<image>isamark")
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -53,7 +53,8 @@ def test_a_model_is_scored_and_the_files_are_written(benchmark: str, tmp_path: P
 
     samples = read_lines(tmp_path / "out" / "samples.jsonl")
     assert [sample["id"] for sample in samples] == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
-    assert set(samples[0]) == {"id", "image", "question", "prediction", "answers", "score", "error"}
+    assert set(samples[0]) == {"id", "image", "question", "prediction", "answers", "score", "error", "groups"}
+    assert samples[0]["groups"] == {"question_type": "colour", "answer_type": "other"}
     assert [sample["score"] for sample in samples] == [1, 0, 0, 0, 1, 1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "report.html",

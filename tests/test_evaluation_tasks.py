@@ -250,8 +250,6 @@ def test_records_and_models_that_cannot_serve_are_errors(
         evaluate(zero_shot, object(), progress=False)
     with pytest.raises(VlmError, match="'0' has no caption"):
         evaluate(retrieval, Colours(), progress=False)
-    with pytest.raises(VlmError, match="cannot score a file of predictions"):
-        evaluate(retrieval, predictions="any.json", overrides=["task=matching", "metric=accuracy"], progress=False)
     use(monkeypatch, Data([Record("1", classes.records[0].images, captions=("red",))]))
     with pytest.raises(VlmError, match="'1' has no label"):
         evaluate(zero_shot, Colours(), progress=False)

@@ -1,5 +1,6 @@
 """The task `matching`: right captions and the nearest wrong ones, judged by a model that looks at both."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from test_qformer_model import qformer_spec
 from test_reranking import captioned, plan
 from tiny_models import randomize
 
-from vlm.errors import UnsupportedTask
+from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation import evaluate
 from vlm.model_spec import QFormerSpec
 from vlm.models.build import build_model
@@ -102,3 +103,86 @@ def test_who_can_match_is_named(tmp_path: Path) -> None:
     file, _, _ = captioned(tmp_path)
     with pytest.raises(UnsupportedTask, match="Q-Former models can"):
         evaluate(matching(file), object(), output=tmp_path / "out", progress=False)
+
+
+def judged(tmp_path: Path) -> tuple[Path, Any, list[dict[str, Any]]]:
+    """Data, a model's result on them (of 30 pairs 15 + 13 are judged rightly), and the rows of its samples.jsonl."""
+    file, paths, captions = captioned(tmp_path, single=True)
+    model = Tells(paths, [told[0] for told in captions], 0)
+    found = evaluate(matching(file), model, output=tmp_path / "model", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "model/samples.jsonl").read_text().splitlines()]
+    for row in rows[1:4:2]:
+        row["prediction"] = "match"  # two wrong captions taken for right
+    return file, found, rows
+
+
+def scored(file: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
+    given = file.parent / "given.json"
+    given.write_text(json.dumps(rows))
+    out = file.parent / "out"
+    return evaluate(matching(file), predictions=given, output=out, progress=False, **options)
+
+
+def test_judgements_of_a_file_are_scored_as_a_models_are(tmp_path: Path) -> None:
+    file, model, rows = judged(tmp_path)
+    again = evaluate(
+        matching(file), predictions=tmp_path / "model/samples.jsonl", output=tmp_path / "again", progress=False
+    )
+    assert (again.metrics, again.samples, again.intervals) == (model.metrics, model.samples, model.intervals)
+    found = scored(file, rows)
+    assert found.metrics == {
+        "accuracy": pytest.approx(100 * 28 / 30),
+        "accuracy_right": pytest.approx(100),
+        "accuracy_wrong": pytest.approx(100 * 13 / 15),
+    }
+    assert [sample.id for sample in found.samples if not sample.score] == ["0:wrong:1", "1:wrong:1"]
+    others = [
+        {"image_id": row["id"].split(":")[0], "caption": row["question"], "match": said}
+        for row in rows
+        for said in [{"match": 0.7, "no match": False}[row["prediction"]]]
+    ]
+    other = scored(file, others[::-1])  # in any order
+    assert (other.metrics, other.samples) == (found.metrics, found.samples)
+    few = scored(file, others, limit=4)
+    assert few.count == 8
+    assert few.metrics["accuracy_wrong"] == 50
+
+
+def test_a_picture_that_the_files_author_could_not_read_is_wrong(tmp_path: Path) -> None:
+    file, _, rows = judged(tmp_path)
+    for row in rows[4:6]:
+        row |= {"prediction": None, "error": "2.png: no picture"}
+    found = scored(file, rows)
+    assert found.metrics["accuracy"] == pytest.approx(100 * 26 / 30)
+    assert [entry["error"] for entry in found.broken] == ["2.png: no picture"] * 2
+
+
+def test_pairs_that_are_not_the_data_sets_are_named_and_refused_unless_partial(tmp_path: Path) -> None:
+    file, _, rows = judged(tmp_path)
+    own, wrong = rows[0]["question"], rows[1]["question"]
+    more = [
+        rows[0],  # again
+        rows[2] | {"id": "99:right:1"},  # no picture
+        rows[1] | {"question": "a caption of nobody"},
+        rows[1] | {"question": rows[-1]["question"]},  # a second wrong caption of a picture with one right
+    ]
+    with pytest.raises(VlmError, match=r"the pair ids do not match the data set's 30: 2 missing \(9:right:1, 9:wrong"):
+        scored(file, rows[:18] + rows[20:])
+    message = r"3 unknown \(0: a caption of nobody, 0:wrong:2, 99: .*\); 1 given more than once \(0:right:1\)"
+    with pytest.raises(VlmError, match=message):
+        scored(file, rows + more)
+    found = scored(file, rows[:18] + rows[20:] + more, partial=True)
+    assert found.settings["partial"] == {"missing": 2, "unknown": 3, "repeated": 1}
+    assert found.count == 28
+    for bad, message in (
+        ([own], "expected {image_id, caption, match}"),
+        ([{"image_id": 0, "caption": own}], "found keys 'image_id', 'caption'"),
+        ([{"image_id": 0, "caption": own, "match": 1.5}], "found 1.5"),
+        ([{"image_id": 0, "caption": own, "match": "perhaps"}], "found 'perhaps'"),
+        ([{"image_id": 0, "caption": 3, "match": True}], "the caption must be text, found 3"),
+        ([{"image_id": 77, "caption": wrong, "match": True}], "1 unknown"),
+    ):
+        with pytest.raises(VlmError, match=message):
+            scored(file, bad)
+    with pytest.raises(VlmError, match="none of 1 pairs is about the 15 records"):
+        scored(file, [{"image_id": 77, "caption": wrong, "match": True}], partial=True)

@@ -134,7 +134,7 @@ def _evaluate_all(
         if not is_first:
             continue
         if as_json:
-            print(json.dumps(result.summary(), ensure_ascii=False))
+            print(json.dumps(result.summary(), ensure_ascii=False, allow_nan=False))
         else:
             _print_result(result)
 
@@ -162,7 +162,10 @@ def _print_result(result: "EvaluationResult") -> None:
     for protocol in others:
         table.add_column(protocol, justify="right")
     low, high = result.interval
-    ours = [f"{result.scores[protocol]:.2f}" for protocol in others]
+    ours = []
+    for protocol in others:
+        least, most = result.score_intervals[protocol]
+        ours.append(f"{result.scores[protocol]:.2f} ({least:.2f} to {most:.2f})")
     table.add_row(escape(result.model), f"{result.score:.2f}", f"{low:.2f} to {high:.2f}", *ours, style="bold")
     for key, score in result.baselines.items():
         table.add_row(BASELINES.get(key, key), f"{score:.2f}")
@@ -174,6 +177,8 @@ def _print_result(result: "EvaluationResult") -> None:
     if len(result.metrics) > 1:
         every = "  ".join(f"{name.replace('_', ' ')} {score:.2f}" for name, score in result.metrics.items())
         console.print(every, soft_wrap=True, highlight=False)
+    for note in result.notes:
+        console.print(escape(note), style="yellow", soft_wrap=True)
     if dropped:
         told = ", ".join(f"{count:,} {what}" for what, count in dropped.items())
         console.print(f"partial: of the ids in the file and the data set {told}", style="yellow", soft_wrap=True)

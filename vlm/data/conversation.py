@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from vlm.data.records import IMAGE_PLACEHOLDER, Message
+from vlm.data.records import IMAGE_PLACEHOLDER, QUOTED_PLACEHOLDER, Message
 from vlm.data.templates import check_turns, image_in_front, render
 from vlm.errors import VlmError
 
@@ -56,11 +56,12 @@ def tokenize_conversation(
 def _with_sentinels(messages: Sequence[Message], tokenizer: Any) -> tuple[list[Message], dict[str, str]]:
     """Messages with a private character for each special token's text, and what each of these stands for."""
     pattern = _special_texts(tokenizer)
+    quoted = any(QUOTED_PLACEHOLDER in message.text for message in messages)
+    literals = {QUOTED_PLACEHOLDER: IMAGE_PLACEHOLDER} if quoted else {}
     if pattern is None or not any(pattern.search(message.text) for message in messages):
-        return list(messages), {}
-    taken = set().union(*(message.text for message in messages))
+        return list(messages), literals
+    taken = set().union({QUOTED_PLACEHOLDER}, *(message.text for message in messages))
     free = (c for c in map(chr, range(_SENTINELS, 0x110000)) if c not in taken)
-    literals: dict[str, str] = {}
 
     def sentinel(found: re.Match[str]) -> str:
         character = next(free)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 IMAGE_PLACEHOLDER = "<image>"
+# Stands for the word "<image>" in a message that only speaks of it: a private code point, so that nobody writes it.
+QUOTED_PLACEHOLDER = "\U0010fffd"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vlm.data.records import Record
 from vlm.evaluation.intervals import Parts
+from vlm.evaluation.tables import Table, mean_table
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -15,13 +16,13 @@ class AnswerScores:
     """Scores of answers by one protocol.
 
     per_sample: each question's own score between 0 and 1. scores: every metric in per cent; by default `accuracy`, the
-    mean. contributions: metric -> what `vlm.evaluation.task.Judged` says. tables: title -> group -> per cent.
+    mean. contributions: metric -> what `vlm.evaluation.task.Judged` says. tables: title -> scores of groups.
     """
 
     per_sample: list[float]
     scores: dict[str, float]
     contributions: Mapping[str, list[float | None] | Parts]
-    tables: dict[str, dict[str, float]] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
 
 
 Scorer = Callable[[Sequence[Record], Sequence[str | None]], AnswerScores]
@@ -29,18 +30,14 @@ Scorer = Callable[[Sequence[Record], Sequence[str | None]], AnswerScores]
 
 def mean_scores(records: Sequence[Record], values: list[float], *keys: str) -> AnswerScores:
     """The mean as `accuracy`, also of each group that a key of the records' `meta` makes."""
-    tables = {f"per_{key}": by_group([record.meta.get(key) for record in records], values) for key in keys}
     whole: list[float | None] = [*values]
-    return AnswerScores(values, {"accuracy": 100 * sum(values) / len(values)}, {"accuracy": whole}, tables)
+    score = 100 * sum(values) / len(values)
+    return AnswerScores(values, {"accuracy": score}, {"accuracy": whole}, mean_tables(records, values, *keys))
 
 
-def by_group(groups: Sequence[object], values: Sequence[float]) -> dict[str, float]:
-    """The mean of each group in per cent, in order of appearance; what has no group is left out."""
-    members: dict[str, list[float]] = {}
-    for group, value in zip(groups, values, strict=True):
-        if group is not None:
-            members.setdefault(str(group), []).append(value)
-    return {group: 100 * sum(found) / len(found) for group, found in members.items()}
+def mean_tables(records: Sequence[Record], values: list[float], *keys: str) -> dict[str, Table]:
+    """The mean of each group that a key of the records' `meta` makes."""
+    return {f"per_{key}": mean_table(key, [record.meta.get(key) for record in records], values) for key in keys}
 
 
 def score_gqa(records: Sequence[Record], texts: Sequence[str | None]) -> AnswerScores:

@@ -7,8 +7,9 @@ import numpy as np
 
 from vlm.data.records import Record
 from vlm.errors import VlmError
-from vlm.evaluation.answers import AnswerScores, by_group, mean_scores
+from vlm.evaluation.answers import AnswerScores, mean_scores
 from vlm.evaluation.intervals import Parts
+from vlm.evaluation.tables import members_of, table_of
 
 LETTERS = "ABCDEFGHIJ"
 _ROTATION = 1_000_000  # indices of MMBench's rotations of a question differ by a multiple of it
@@ -72,14 +73,14 @@ def score_circular(records: Sequence[Record], texts: Sequence[str | None]) -> An
     rows = np.zeros((len(records), 2))
     for members in groups.values():
         rows[members[0]] = min(values[number] for number in members), 1
-    firsts = [members[0] for members in groups.values()]
-    right = [float(rows[number, 0]) for number in firsts]
-    tables = {
-        f"per_{key}": by_group([records[number].meta.get(key) for number in firsts], right)
-        for key in ("category", "l2-category")
-    }
-    score = 100 * sum(right) / len(right)
-    return AnswerScores(values, {"accuracy": score}, {"accuracy": Parts(rows, lambda s: s[:, 0] / s[:, 1])}, tables)
+    whole = Parts(rows, lambda sums: sums[:, 0] / sums[:, 1])
+    tables = {}
+    for key in ("category", "l2-category"):
+        members_by_key = members_of([record.meta.get(key) for record in records])
+        parts = {group: (own, Parts(rows[own], whole.metric)) for group, own in members_by_key.items()}
+        tables[f"per_{key}"] = table_of(key, parts)
+    score = 100 * float(whole.metric(rows.sum(axis=0)[None])[0])
+    return AnswerScores(values, {"accuracy": score}, {"accuracy": whole}, tables)
 
 
 def _chosen(records: Sequence[Record], texts: Sequence[str | None]) -> list[float]:

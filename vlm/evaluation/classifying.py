@@ -9,8 +9,10 @@ import numpy as np
 from vlm.data.prompts import CLASS_NAMES, class_names, prompt_templates
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError, did_you_mean
+from vlm.evaluation.intervals import mean_parts
 from vlm.evaluation.result import Sample
 from vlm.evaluation.sharing import PREDICTION, Asking, in_batches
+from vlm.evaluation.tables import members_of, table_of
 from vlm.evaluation.task import Job, Judged, Prediction, without_broken
 from vlm.evaluation.zero_shot import scores_of_ranks
 
@@ -122,17 +124,15 @@ def judge(job: Job, predictions: list[Prediction], protocol: str) -> Judged:
         )
         for record, label, prediction, rank in zip(job.records, labels, predictions, ranks, strict=True)
     ]
-    recall: dict[str, list[bool]] = {}
-    for label, rank in zip(labels, ranks, strict=True):
-        recall.setdefault(label, []).append(rank < 1)
-    by_class = {
-        _shown(label, names): 100 * sum(recall[label]) / len(recall[label]) for label in names if label in recall
-    }
+    members = members_of(labels)
+    first = [float(rank < 1) for rank in ranks]
+    recall = {label: mean_parts([first[n] for n in members[label]]) for label in names if label in members}
+    by_class = {_shown(label, names): (members[label], parts) for label, parts in recall.items()}
     return Judged(
         scores={name: job.diluted(found[name], count) for name in metrics},
         samples=samples,
         contributions={name: found.contributions[name].tolist() for name in metrics},
-        tables={"per_class_recall": by_class},
+        tables={"per_class_recall": table_of("class", by_class)},
     )
 
 

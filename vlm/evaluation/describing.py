@@ -19,6 +19,7 @@ from vlm.evaluation.captioning import (
 from vlm.evaluation.intervals import Parts, mean_parts
 from vlm.evaluation.result import Sample
 from vlm.evaluation.sharing import PREDICTION, Asking, in_batches
+from vlm.evaluation.tables import Table, members_of, table_of
 from vlm.evaluation.task import Job, Judged, Prediction, without_broken
 
 # NoCaps' domains (Agrawal et al. 2019), as its records name them in `meta`, in the order papers print them.
@@ -102,18 +103,16 @@ def _contributions(found: CaptionScores) -> dict[str, Parts]:
     return contributions
 
 
-def _by_domain(records: Sequence[Record], found: CaptionScores) -> dict[str, float]:
-    """CIDEr x100 of the records of each domain alone; empty where there are none."""
-    groups: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        if domain := record.meta.get("domain"):
-            groups.setdefault(str(domain), []).append(number)
-    scores = {}
+def _by_domain(records: Sequence[Record], found: CaptionScores) -> Table:
+    """CIDEr x100 of the records of each domain alone, as a corpus of its own; empty where there are none."""
+    groups = members_of([record.meta.get("domain") for record in records])
+    parts = {}
     for domain in [*(d for d in DOMAINS if d in groups), *(d for d in groups if d not in DOMAINS)]:
         said = [found.words[number] for number in groups[domain]]
         told = [found.reference_words[number] for number in groups[domain]]
-        scores[domain] = 100 * caption_scores(said, told, [HEADLINE], "whitespace")[HEADLINE]
-    return scores
+        alone = caption_scores(said, told, [HEADLINE], "whitespace").per_image.values()
+        parts[domain] = (groups[domain], mean_parts([scores[HEADLINE] for scores in alone]))
+    return table_of("domain", parts)
 
 
 PROTOCOLS = TOKENIZERS

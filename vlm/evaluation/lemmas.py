@@ -12,7 +12,7 @@ from typing import Any
 
 from vlm.data.records import Record
 from vlm.errors import VlmError
-from vlm.evaluation.answers import AnswerScores
+from vlm.evaluation.answers import AnswerScores, mean_scores
 from vlm.evaluation.vqa import vqa_accuracy
 
 _MODEL = "en_core_web_sm"
@@ -30,11 +30,8 @@ def score_lemmas(records: Sequence[Record], texts: Sequence[str | None]) -> Answ
     """`official-2017` of lemmatised answers. Raises VlmError without spaCy and its small English model."""
     parser = _parser()
     said = [None if text is None else lemmatized(parser(text)) for text in texts]
-    kinds = {key: [record.meta.get(key[:-1]) for record in records] for key in ("question_types", "answer_types")}
-    found = vqa_accuracy(said, [record.answers for record in records], "official-2017", **kinds)
-    tables = {"per_question_type": found.per_question_type, "per_answer_type": found.per_answer_type}
-    whole: list[float | None] = [*found.per_sample]
-    return AnswerScores(found.per_sample, {"accuracy": found.accuracy}, {"accuracy": whole}, tables)
+    found = vqa_accuracy(said, [record.answers for record in records], "official-2017")
+    return mean_scores(records, found.per_sample, "question_type", "answer_type")
 
 
 @cache

@@ -6,30 +6,34 @@ reads as one of the picture's own is never wrong.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm.errors import UnsupportedTask
+from vlm.evaluation.matching_files import SAYS, read_pairs
 from vlm.evaluation.reranking import Pairs, match_pairs
 from vlm.evaluation.result import Sample
 from vlm.evaluation.retrieval import BLOCK, similarities
-from vlm.evaluation.retrieving import Embeddings, embed
+from vlm.evaluation.retrieving import Embeddings, embed, listed
 from vlm.evaluation.sharing import Asking
 from vlm.evaluation.task import Job, Judged
 
 METRICS = ("accuracy", "accuracy_right", "accuracy_wrong")
-_SAYS = ("no match", "match")
 
 
 @dataclass(frozen=True)
 class Judgements:
     """What a model says of pairs [P]: the picture's number, the caption, whether it is right, and whether it matches.
 
+    paths, names, problems: of each picture [M], its file, the id of its first record, and why it could not be read.
     margins: logit of a match minus that of none, NaN for pictures that could not be read.
     """
 
-    seen: Embeddings
+    paths: list[str]
+    names: list[str]
+    problems: list[str | None]
     pictures: np.ndarray
     captions: list[str]
     right: np.ndarray
@@ -57,7 +61,27 @@ def ask(model: Any, job: Job, asking: Asking) -> Judgements:
         prompts = [job.plan.prompt.replace("{caption}", caption) for caption in texts]
         match_pairs(model, pairs, seen.paths, prompts, asking, lambda logits: logits[:, 1] - logits[:, 0])
         margins[readable] = pairs.logits(image, text).numpy()
-    return Judgements(seen, pictures, captions, np.array([right for _, _, right in numbers]), margins)
+    right = np.array([right for _, _, right in numbers])
+    return Judgements(seen.paths, seen.names, seen.problems, pictures, captions, right, margins)
+
+
+def read_judgements(path: Path, job: Job, partial: bool) -> tuple[Judgements, dict[str, int] | None]:
+    """What a file says of pairs; see `vlm.evaluation.matching_files`."""
+    pairs, passed = read_pairs(path, job.everything, job.records, partial)
+    paths, names, _, _ = listed(job.records)
+    problems: list[str | None] = [None] * len(paths)
+    for pair in pairs:
+        problems[pair.picture] = problems[pair.picture] or pair.problem
+    found = Judgements(
+        paths=paths,
+        names=names,
+        problems=problems,
+        pictures=np.array([pair.picture for pair in pairs]),
+        captions=[pair.caption for pair in pairs],
+        right=np.array([pair.right for pair in pairs]),
+        margins=np.array([np.nan if pair.margin is None else pair.margin for pair in pairs]),
+    )
+    return found, passed
 
 
 def _chosen(seen: Embeddings) -> tuple[list[tuple[int, int, bool]], list[str]]:
@@ -86,7 +110,7 @@ def _chosen(seen: Embeddings) -> tuple[list[tuple[int, int, bool]], list[str]]:
 
 def problems(outputs: Judgements) -> list[str | None]:
     """Why each picture could not be read, or None."""
-    return outputs.seen.problems
+    return outputs.problems
 
 
 def judge(job: Job, outputs: Judgements, protocol: str) -> Judged:
@@ -97,20 +121,20 @@ def judge(job: Job, outputs: Judgements, protocol: str) -> Judged:
     says = outputs.margins > 0
     readable = ~np.isnan(outputs.margins)
     correct = readable & (says == outputs.right)
-    seen, turn = outputs.seen, dict[tuple[int, bool], int]()
+    turn = dict[tuple[int, bool], int]()
     samples = []
     for place, picture in enumerate(outputs.pictures.tolist()):
         right = bool(outputs.right[place])
         turn[picture, right] = turn.get((picture, right), 0) + 1
         samples.append(
             Sample(
-                id=f"{seen.names[picture]}:{'right' if right else 'wrong'}:{turn[picture, right]}",
-                image=seen.paths[picture],
+                id=f"{outputs.names[picture]}:{'right' if right else 'wrong'}:{turn[picture, right]}",
+                image=outputs.paths[picture],
                 question=outputs.captions[place],
-                prediction=_SAYS[int(says[place])] if readable[place] else None,
-                answers=[_SAYS[right]],
+                prediction=SAYS[int(says[place])] if readable[place] else None,
+                answers=[SAYS[right]],
                 score=float(correct[place]),
-                error=seen.problems[picture],
+                error=outputs.problems[picture],
             )
         )
     parts = {"accuracy": np.ones_like(outputs.right), "accuracy_right": outputs.right, "accuracy_wrong": ~outputs.right}

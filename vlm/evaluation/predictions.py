@@ -22,11 +22,7 @@ def read_predictions(path: Path) -> list[tuple[str, Prediction]]:
 
     Raises VlmError that names the file and the row.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VlmError(f"{path}: predictions cannot be read: {error}") from error
-    return [_entry(row, f"{path}: row {number}") for number, row in enumerate(_rows(text, path), start=1)]
+    return [_entry(row, f"{path}: row {number}") for number, row in enumerate(read_rows(path), start=1)]
 
 
 def match_predictions(
@@ -60,7 +56,12 @@ def matching_part(
     return found, counts | {"repeated": len(predictions) - len(given)}
 
 
-def _rows(text: str, path: Path) -> list[Any]:
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a list in JSON, or of a file with one a line. Raises VlmError that names file and line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VlmError(f"{path}: predictions cannot be read: {error}") from error
     if text.lstrip().startswith("["):
         try:
             rows: list[Any] = json.loads(text)

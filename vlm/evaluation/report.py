@@ -2,6 +2,8 @@
 
 import base64
 import io
+import json
+import math
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -72,7 +74,11 @@ def kind_of(score: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}"
+    return f"{value:.2f}" if math.isfinite(value) else "∞" if value > 0 else "none"
+
+
+def _with_interval(score: float, interval: tuple[float, float] | None) -> str:
+    return _number(score) + (f" ({_number(interval[0])} to {_number(interval[1])})" if interval else "")
 
 
 def _broken(result: EvaluationResult) -> str:
@@ -112,24 +118,21 @@ def _bar(name: str, score: float, note: str, kind: str = "other", interval: tupl
 def _tables(result: EvaluationResult) -> list[str]:
     tables = []
     if len(result.metrics) > 1:
-        tables.append(_table("All metrics", [_metric_row(result, name) for name in result.metrics], "number"))
-    groups = [(title.replace("_", " ").capitalize(), scores) for title, scores in result.tables.items()]
-    for title, scores in (("The same answers by each protocol", result.scores), *groups):
-        rows = [(name, _number(score)) for name, score in scores.items()]
-        tables.append(_table(title, rows, "number"))
+        tables.append(_table("All metrics", _scored(result.metrics, result.intervals), "number"))
+    rows = _scored(result.scores, result.score_intervals)
+    tables.append(_table("The same answers by each protocol", rows, "number"))
+    for title, scores in result.tables.items():
+        name = title.replace("_", " ").capitalize()
+        rows = _scored(scores, result.table_intervals[title])
+        tables.append(_table(name, rows, "number", by=result.table_groups[title]))
     settings = [*_flat(result.settings), ("seconds", str(result.seconds)), ("git commit", result.git_commit or "none")]
     tables.append(_table("Settings", settings))
     tables.append(_table("Versions", list(result.versions.items())))
     return tables
 
 
-def _metric_row(result: EvaluationResult, name: str) -> tuple[str, str]:
-    """A metric with its interval, if it has one."""
-    score = _number(result.metrics[name])
-    if name not in result.intervals:
-        return name.replace("_", " "), score
-    low, high = result.intervals[name]
-    return name.replace("_", " "), f"{score} ({_number(low)} to {_number(high)})"
+def _scored(scores: dict[str, float], intervals: dict[str, tuple[float, float]]) -> list[tuple[str, str]]:
+    return [(name, _with_interval(score, intervals.get(name))) for name, score in scores.items()]
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -143,8 +146,14 @@ def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _table(title: str, rows: list[tuple[str, str]], kind: str = "") -> str:
-    cells = "".join(f'<tr><td>{escape(k)}</td><td class="{kind}">{escape(v)}</td></tr>' for k, v in rows)
+def _table(title: str, rows: list[tuple[str, str]], kind: str = "", by: str = "") -> str:
+    """A table of names and values; where its rows are groups of samples (`by`), a click shows a group's samples."""
+    names = [escape(name) for name, _ in rows]
+    if by:
+        names = [
+            f'<button data-by="{escape(by)}" data-group="{name}" aria-pressed="false">{name}</button>' for name in names
+        ]
+    cells = "".join(f'<tr><td>{k}</td><td class="{kind}">{escape(v)}</td></tr>' for k, (_, v) in zip(names, rows))
     table = f"<table><tbody>{cells}</tbody></table>"
     if len(rows) > _FOLDED:
         table = f"<details><summary>{len(rows):,} rows</summary>{table}</details>"
@@ -200,8 +209,9 @@ def _question(sample: Sample) -> str:
         answer if times == 1 else f"{answer} ×{times}" for answer, times in Counter(sample.answers).most_common()
     )
     rest = f"what the model said: {', '.join(sample.ranking) or said}"
+    groups = f' data-groups="{escape(json.dumps(sample.groups, ensure_ascii=False))}"' if sample.groups else ""
     return (
-        f'<div class="q {kind_of(sample.score)}" data-id="{escape(sample.id)}">'
+        f'<div class="q {kind_of(sample.score)}" data-id="{escape(sample.id)}"{groups}>'
         f"<span>{escape(sample.question or '')}</span>"
         f'<span class="p" title="{escape(rest)}">{escape(said)}</span>'
         f'<span class="soft" title="what is right">{escape(truth)}</span><span>{100 * sample.score:.0f}</span></div>'

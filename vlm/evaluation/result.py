@@ -1,6 +1,7 @@
 """What an evaluation found, and the files that keep it."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from typing import Any, TextIO
 class Sample:
     """One question: what was asked, said and right; `score` between 0 and 1; `error` where nothing could be asked.
 
-    ranking: the best guesses in order, where the task makes several.
+    ranking: the best guesses in order, where the task makes several. groups: what tables count it under, such as
+    `question_type` -> `what color`.
     """
 
     id: str
@@ -24,6 +26,7 @@ class Sample:
     score: float
     error: str | None
     ranking: list[str] = field(default_factory=list)
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,10 @@ class EvaluationResult:
     """One benchmark's result; scores and intervals in per cent (median ranks are ranks).
 
     score, interval: of `metric` by `protocol`, the interval by bootstrap over pictures (95 %).
-    scores: of `metric` by every protocol asked for. metrics, intervals: of every metric of the task by `protocol`.
-    tables: scores of groups: title -> group -> score.
+    scores, score_intervals: of `metric` by every protocol asked for. metrics, intervals: of every metric of the task by
+    `protocol`.
+    tables, table_intervals: of groups: title -> group -> score. table_groups: title -> what parts its groups
+    (`question_type`), the key of `Sample.groups`.
     baselines: by `protocol`; keys of `vlm.evaluation.baselines.BASELINES`.
     published: others' scores: model, score, source, and `differs`: their settings that are not ours.
     broken: samples that could not be asked (they count as wrong), each with id, image and error.
@@ -50,9 +55,12 @@ class EvaluationResult:
     interval: tuple[float, float]
     count: int
     scores: dict[str, float]
+    score_intervals: dict[str, tuple[float, float]]
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     tables: dict[str, dict[str, float]]
+    table_intervals: dict[str, dict[str, tuple[float, float]]]
+    table_groups: dict[str, str]
     baselines: dict[str, float]
     published: list[dict[str, Any]]
     broken: list[dict[str, Any]]
@@ -63,11 +71,30 @@ class EvaluationResult:
     output: Path
     samples: list[Sample]
 
+    @property
+    def notes(self) -> list[str]:
+        """What stands in place of scores that are no numbers, which JSON cannot hold."""
+        return [
+            f"{name} is {'infinite: half of the queries or more find no right candidate' if value > 0 else value}"
+            for name, value in self.metrics.items()
+            if not math.isfinite(value)
+        ]
+
     def summary(self) -> dict[str, Any]:
-        """What results.json holds: everything but the samples."""
+        """What results.json holds: everything but the samples; null for what is infinite, which `notes` names."""
         content = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "samples"}
-        intervals = {name: list(interval) for name, interval in self.intervals.items()}
-        return content | {"interval": list(self.interval), "intervals": intervals, "output": str(self.output)}
+        found: dict[str, Any] = _as_json(content | {"notes": self.notes})
+        return found
+
+
+def _as_json(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _as_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_as_json(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return str(content) if isinstance(content, Path) else content
 
 
 def write_result(result: EvaluationResult) -> None:
@@ -77,14 +104,12 @@ def write_result(result: EvaluationResult) -> None:
     result.output.mkdir(parents=True, exist_ok=True)
     with replaced(result.output / "samples.jsonl") as file:
         for sample in result.samples:
-            row = asdict(sample)
-            if not sample.ranking:
-                del row["ranking"]
+            row = {key: value for key, value in asdict(sample).items() if value or key not in ("ranking", "groups")}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     with replaced(result.output / "report.html") as file:
         file.write(render_report(result))
     with replaced(result.output / "results.json") as file:
-        json.dump(result.summary(), file, indent=2, ensure_ascii=False)
+        json.dump(result.summary(), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 

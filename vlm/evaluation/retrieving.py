@@ -83,7 +83,7 @@ def embed(model: Any, job: Job, asking: Asking) -> Embeddings:
 
     if not hasattr(model, "encode_image") or not hasattr(model, "encode_text"):
         raise UnsupportedTask(f"{type(model).__name__} cannot embed texts and pictures; dual encoders can")
-    paths, names, captions, owner = _listed(job.records)
+    paths, names, captions, owner = listed(job.records)
     numbers = {path: number for number, path in enumerate(paths)}
     shown = np.bincount([numbers[record.images[0]] for record in job.records])  # records of each picture
 
@@ -129,7 +129,7 @@ def embed(model: Any, job: Job, asking: Asking) -> Embeddings:
     return replace(found, pairs=_matched(model, job, found, distinct, asking))
 
 
-def _listed(records: Sequence[Record]) -> tuple[list[str], list[str], list[str], np.ndarray]:
+def listed(records: Sequence[Record]) -> tuple[list[str], list[str], list[str], np.ndarray]:
     """Pictures [M], the id of the first record of each, captions [N], and the picture of each caption."""
     numbers: dict[str, int] = {}
     names: list[str] = []
@@ -144,7 +144,7 @@ def _listed(records: Sequence[Record]) -> tuple[list[str], list[str], list[str],
     return list(numbers), names, captions, np.array(owner)
 
 
-def read_embeddings(path: Path, job: Job) -> Embeddings:
+def read_embeddings(path: Path, job: Job, partial: bool) -> tuple[Embeddings, None]:
     """Embeddings that somebody made of all the records' pictures and captions, in their order: a NumPy .npz with
     `image_embeds` [M,E] and `text_embeds` [N,E], and `text_to_image` [N] where it wants to be checked.
 
@@ -152,13 +152,15 @@ def read_embeddings(path: Path, job: Job) -> Embeddings:
     """
     import torch
 
+    if partial:
+        raise VlmError(f"{job.plan.name}: embeddings are scored as a whole, not --partial")
     try:
         with np.load(path, allow_pickle=False) as content:
             images, texts = content["image_embeds"], content["text_embeds"]
             owner_told = content.get("text_to_image")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise VlmError(f"{path}: expected a .npz with image_embeds and text_embeds: {error}") from error
-    paths, _, captions, owner = _listed(job.everything)
+    paths, _, captions, owner = listed(job.everything)
     if images.shape[:1] != (len(paths),) or texts.shape[:1] != (len(captions),):
         raise VlmError(
             f"{path}: embeddings of {len(images)} pictures and {len(texts)} captions, but the data set has "
@@ -166,9 +168,9 @@ def read_embeddings(path: Path, job: Job) -> Embeddings:
         )
     if owner_told is not None and not np.array_equal(owner_told, owner):
         raise VlmError(f"{path}: its text_to_image is not the data set's: the captions stand in another order")
-    paths, names, captions, owner = _listed(job.records)  # the first of them, under a limit
+    paths, names, captions, owner = listed(job.records)  # the first of them, under a limit
     place = {text: number for number, text in enumerate(dict.fromkeys(captions))}
-    return Embeddings(
+    found = Embeddings(
         paths=paths,
         names=names,
         captions=captions,
@@ -178,6 +180,7 @@ def read_embeddings(path: Path, job: Job) -> Embeddings:
         problems=[None] * len(paths),
         distinct=np.array([place[caption] for caption in captions]),
     )
+    return found, None
 
 
 def _matched(model: Any, job: Job, found: Embeddings, texts: list[str], asking: Asking) -> Pairs:
@@ -234,19 +237,21 @@ def judge(job: Job, outputs: Embeddings, protocol: str) -> Judged:
     scores = {name: job.diluted(found[name], asked[name[:2]]) for name in METRICS}
     scores["rsum"] = sum(scores.values())
     scores |= {name: found[name] for name in ("TR_median_rank", "IR_median_rank")}
+    contributions: dict[str, list[float | None] | Parts | Medians] = {}
+
+    def shares_of(scores_of: RetrievalScores, name: str) -> list[float | None]:
+        mine: list[float | None] = scores_of.contributions[name].tolist()
+        return [*mine, *[None] * asked["IR"]] if name[:2] == "TR" else [*[None] * asked["TR"], *mine]
+
     if near is not None:
         before = outputs.recall(protocol)
         scores |= {f"ITC_{name}": job.diluted(before[name], asked[name[:2]]) for name in METRICS}
+        contributions |= {f"ITC_{name}": shares_of(before, name) for name in METRICS}
     _, _, k = job.plan.metric.partition("@")
     samples = _samples(outputs, found, k)
-    contributions: dict[str, list[float | None] | Parts | Medians] = {}
-    shares: list[list[float | None]] = []
-    for name in METRICS:
-        mine: list[float | None] = found.contributions[name].tolist()
-        pictures, captions = asked["TR"], asked["IR"]
-        shares.append([*mine, *[None] * captions] if name[:2] == "TR" else [*[None] * pictures, *mine])
-        contributions[name] = shares[-1]
-    contributions["rsum"] = _sum_of_means(shares)
+    shares = {name: shares_of(found, name) for name in METRICS}
+    contributions |= shares
+    contributions["rsum"] = _sum_of_means(list(shares.values()))
     for way, count_before, count_after in (("TR", 0, asked["IR"]), ("IR", asked["TR"], 0)):
         values = np.pad(found.ranks[way], (count_before, count_after), constant_values=np.nan)
         contributions[f"{way}_median_rank"] = Medians(values, np.pad(found.groups[way], (count_before, count_after)))

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from vlm.data.records import Record
 from vlm.errors import VlmError
 from vlm.evaluation.baselines import blind_baselines
 from vlm.evaluation.benchmark import Benchmark, differences, load_benchmark
-from vlm.evaluation.intervals import Medians, Parts, bootstrap_interval
+from vlm.evaluation.error_bars import error_bars
 from vlm.evaluation.predictions import match_predictions, matching_part, read_predictions
 from vlm.evaluation.responses import Responses, identity_of, processes
 from vlm.evaluation.result import EvaluationResult, Sample, write_result
 from vlm.evaluation.sharing import Asking
-from vlm.evaluation.task import Job
+from vlm.evaluation.task import Job, with_groups
 from vlm.evaluation.tasks import TASKS, answer_scores
 from vlm.versions import git_commit, versions
 
@@ -58,8 +59,6 @@ def evaluate(
         raise VlmError(f"batch_size must be at least 1, got {batch_size}")
     plan = benchmark if isinstance(benchmark, Benchmark) else load_benchmark(benchmark, list(overrides))
     task = TASKS[plan.task]
-    if predictions is not None and task.outputs_of is None and task.read is None:
-        raise VlmError(f"{plan.name}: the task {plan.task} cannot score a file of predictions; give a model")
     named = isinstance(model, (str, Path))
     name = model_name or (str(predictions) if predictions is not None else name_of(model))
     folder = Path(output) if output is not None else default_output(str(model) if named else None, plan.name)
@@ -78,9 +77,9 @@ def evaluate(
     outputs: Any
     dropped: dict[str, int] | None = None
     if predictions is not None and task.read is not None:
+        outputs, dropped = task.read(Path(predictions), job, partial)
         if partial:
-            raise VlmError(f"{plan.name}: embeddings are scored as a whole, not --partial")
-        outputs = task.read(Path(predictions), job)
+            unreadable, job = [], replace(job, unreadable=0)
     elif predictions is not None:
         assert task.outputs_of is not None
         path = Path(predictions)
@@ -191,7 +190,7 @@ def _baseline_scores(plan: Benchmark, records: Sequence[Record]) -> dict[str, fl
     assert score is not None
     guesses = blind_baselines(training, [record.question or "" for record in records])
     return {
-        key: answer_scores(score(records, texts, plan.protocol), plan.metric).scores[plan.metric]
+        key: answer_scores(score(records, texts, plan.protocol), plan.metric, records).scores[plan.metric]
         for key, texts in guesses.items()
     }
 
@@ -209,11 +208,9 @@ def _score(
     plan, task = job.plan, TASKS[job.plan.task]
     judged = {protocol: task.judge(job, outputs, protocol) for protocol in (plan.protocol, *plan.also)}
     headline = judged[plan.protocol]
-    samples = headline.samples + unreadable
-    intervals = {
-        metric: _interval(headline.samples, values, unreadable, job)
-        for metric, values in headline.contributions.items()
-    }
+    tables = {title: table for title, table in headline.tables.items() if table}
+    samples = with_groups(headline) + unreadable
+    bars = error_bars(judged, plan, [sample.id for sample in unreadable])
     return EvaluationResult(
         benchmark=plan.name,
         description=plan.description,
@@ -222,12 +219,15 @@ def _score(
         metric=plan.metric,
         protocol=plan.protocol,
         score=headline.scores[plan.metric],
-        interval=intervals[plan.metric],
+        interval=bars.metrics[plan.metric],
         count=len(samples),
         scores={protocol: found.scores[plan.metric] for protocol, found in judged.items()},
+        score_intervals=bars.protocols,
         metrics=headline.scores,
-        intervals=intervals,
-        tables={title: scores for title, scores in headline.tables.items() if scores},
+        intervals=bars.metrics,
+        tables={title: table.scores for title, table in tables.items()},
+        table_intervals=bars.tables,
+        table_groups={title: table.by for title, table in tables.items()},
         baselines=_baseline_scores(plan, job.records) if plan.baselines else {},
         published=[
             entry.model_dump(include={"model", "score", "source"}) | {"differs": differences(plan, entry)}
@@ -241,21 +241,6 @@ def _score(
         output=folder,
         samples=samples,
     )
-
-
-def _interval(
-    samples: list[Sample], values: list[float | None] | Parts | Medians, unreadable: list[Sample], job: Job
-) -> tuple[float, float]:
-    """The 95 % interval, in per cent but for ranks, of a metric that some of the samples have a part in."""
-    if isinstance(values, Medians):
-        return bootstrap_interval(values, [s.image or s.id for s in samples])
-    if isinstance(values, Parts):
-        low, high = bootstrap_interval(values, [s.image or s.id for s in samples])
-        return job.diluted(100 * low, len(samples)), job.diluted(100 * high, len(samples))
-    pairs = [(value, s.image or s.id) for value, s in zip(values, samples, strict=True) if value is not None]
-    pairs += [(0.0, s.id) for s in unreadable]
-    low, high = bootstrap_interval([value for value, _ in pairs], [cluster for _, cluster in pairs])
-    return 100 * low, min(100.0, 100 * high)  # weighted values, as of a mean per class, can pass 1 in a resample
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """What a task of the evaluator is: how a model is asked, and how what it says becomes scores."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlm.data.records import Record
 from vlm.evaluation.intervals import Medians, Parts
 from vlm.evaluation.result import Sample
+from vlm.evaluation.tables import Table
 
 if TYPE_CHECKING:
     from vlm.evaluation.benchmark import Benchmark
@@ -51,13 +52,23 @@ class Judged:
     scores: every metric; in per cent, but for ranks. contributions: for metrics with an interval, what each sample adds
     (their mean is the score / 100, before unreadable records dilute it), None where it has no part in the metric; or
     `Parts` or `Medians`, where the metric is no mean.
-    tables: title -> name -> per cent.
+    tables: title -> scores of groups of samples.
     """
 
     scores: dict[str, float]
     samples: list[Sample]
     contributions: Mapping[str, "list[float | None] | Parts | Medians"]
-    tables: dict[str, dict[str, float]] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+
+
+def with_groups(judged: Judged) -> list[Sample]:
+    """The samples, each with what the tables count it under: `question_type` -> `what color`."""
+    groups: list[dict[str, str]] = [{} for _ in judged.samples]
+    for table in judged.tables.values():
+        for group, (members, _) in table.parts.items():
+            for number in members:
+                groups[number][table.by] = group
+    return [replace(sample, groups=own) for sample, own in zip(judged.samples, groups, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,9 @@ class Task:
     judge: (job, outputs, protocol) -> scores of all metrics. Unreadable records dilute them.
     check: raises VlmError on a record that cannot serve the task.
     problems: outputs -> of each thing asked, why it could not be, or None.
-    outputs_of: predictions of a file, one per record -> outputs; None where a file cannot hold them.
-    read: (file, job) -> outputs, where they are no text.
+    outputs_of: predictions of a file, one text per record -> outputs; a task without it has `read`.
+    read: (file, job, partial) -> outputs, where they are no text, and of a partial file how much of it is missing,
+    unknown and repeated.
     prompt: the default; prompt_fields: what a prompt must have a place for; own_prompt: without one the model's own
     is taken.
     keys: the benchmark's keys that only this task reads.
@@ -91,7 +103,7 @@ class Task:
     metrics: dict[str, Metric]
     problems: Callable[[Any], Sequence[str | None]]
     outputs_of: Callable[[list[Prediction]], Any] | None = None
-    read: Callable[[Path, Job], Any] | None = None
+    read: Callable[[Path, Job, bool], tuple[Any, dict[str, int] | None]] | None = None
     prompt: str = ""
     prompt_fields: tuple[str, ...] = ()
     own_prompt: bool = False

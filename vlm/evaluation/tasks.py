@@ -7,7 +7,7 @@ from typing import Any
 from vlm.data.records import Record
 from vlm.errors import UnsupportedTask, VlmError
 from vlm.evaluation import classifying, describing, matching, retrieving
-from vlm.evaluation.answers import AnswerScores, Scorer, score_aokvqa, score_gqa
+from vlm.evaluation.answers import AnswerScores, Scorer, mean_tables, score_aokvqa, score_gqa
 from vlm.evaluation.choices import listed, score_choices, score_circular, score_scienceqa
 from vlm.evaluation.lemmas import score_lemmas
 from vlm.evaluation.result import Sample
@@ -92,21 +92,14 @@ SCORERS: dict[str, Scorer] = {
 def _score_answers(records: Sequence[Record], texts: Sequence[str | None], protocol: str) -> VqaScores | AnswerScores:
     if protocol in SCORERS:
         return SCORERS[protocol](records, texts)
-    return vqa_accuracy(
-        texts,
-        [record.answers for record in records],
-        protocol,
-        question_types=[record.meta.get("question_type") for record in records],
-        answer_types=[record.meta.get("answer_type") for record in records],
-    )
+    return vqa_accuracy(texts, [record.answers for record in records], protocol)
 
 
 def _judge_vqa(job: Job, predictions: list[Prediction], protocol: str) -> Judged:
     score = TASKS["vqa"].metrics[job.plan.metric].score
     assert score is not None
-    found = answer_scores(
-        score(job.records, [prediction.text for prediction in predictions], protocol), job.plan.metric
-    )
+    texts = [prediction.text for prediction in predictions]
+    found = answer_scores(score(job.records, texts, protocol), job.plan.metric, job.records)
     samples = [
         Sample(
             id=record.id,
@@ -127,11 +120,11 @@ def _judge_vqa(job: Job, predictions: list[Prediction], protocol: str) -> Judged
     )
 
 
-def answer_scores(found: VqaScores | AnswerScores, metric: str) -> AnswerScores:
+def answer_scores(found: VqaScores | AnswerScores, metric: str, records: Sequence[Record]) -> AnswerScores:
     """Scores of one number a question as those of a metric."""
     if isinstance(found, AnswerScores):
         return found
-    tables = {"per_question_type": found.per_question_type, "per_answer_type": found.per_answer_type}
+    tables = mean_tables(records, found.per_sample, "question_type", "answer_type")
     return AnswerScores(found.per_sample, {metric: found.accuracy}, {metric: [*found.per_sample]}, tables)
 
 
@@ -195,6 +188,7 @@ TASKS: dict[str, Task] = {
         check=retrieving.check,
         metrics={name: Metric() for name in matching.METRICS},
         problems=matching.problems,
+        read=matching.read_judgements,
         prompt="{caption}",
         prompt_fields=("caption",),
         noun="pairs",

@@ -1,13 +1,14 @@
 """Questions that are answered by yes or no: POPE's scores of object hallucination, and MME's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from vlm.data.records import Record
 from vlm.errors import VlmError
-from vlm.evaluation.answers import AnswerScores, by_group
+from vlm.evaluation.answers import AnswerScores
 from vlm.evaluation.intervals import Parts
+from vlm.evaluation.tables import Table, members_of, table_of
 
 # MME's categories (Fu et al. 2023, section 2.2); others count as perception.
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -32,32 +33,37 @@ def score_pope(records: Sequence[Record], texts: Sequence[str | None]) -> Answer
 
     What was not asked counts as the wrong answer.
     """
-    categories = list(dict.fromkeys(str(record.meta.get("category", "all")) for record in records))
+    kinds = [str(record.meta.get("category", "all")) for record in records]
+    members = members_of(kinds)
+    categories = list(members)
     rows = np.zeros((len(records), len(categories), 4))  # true and false positives, true and false negatives
     values = []
     for number, (record, text) in enumerate(zip(records, texts, strict=True)):
         label = _label(record)
         said = ("no" if label == "yes" else "yes") if text is None else pope_answer(text)
         place = (0 if label == "yes" else 1) if said == "yes" else (2 if label == "no" else 3)
-        rows[number, categories.index(str(record.meta.get("category", "all"))), place] = 1
+        rows[number, categories.index(kinds[number]), place] = 1
         values.append(float(said == label))
     flat = rows.reshape(len(records), -1)
 
     def metric(sums: np.ndarray, name: str) -> np.ndarray:  # [R, categories * 4] -> [R]
         return _pope(sums.reshape(len(sums), len(categories), 4), name).mean(axis=1)
 
+    def part(kind: str, name: str) -> tuple[list[int], Parts]:
+        counts = rows[members[kind], categories.index(kind)]
+        return members[kind], Parts(counts, lambda sums: _pope(sums, name))
+
     total = flat.sum(axis=0)[None]
-    each = rows.sum(axis=0)[None]
     return AnswerScores(
         values,
         {name: 100 * float(metric(total, name)[0]) for name in POPE_METRICS},
         {name: Parts(flat, lambda sums, name=name: metric(sums, name)) for name in POPE_METRICS},  # type: ignore[misc]
-        {name: dict(zip(categories, (100 * _pope(each, name)[0]).tolist())) for name in POPE_METRICS},
+        {name: table_of("category", {kind: part(kind, name) for kind in categories}) for name in POPE_METRICS},
     )
 
 
 def _pope(counts: np.ndarray, name: str) -> np.ndarray:
-    """A metric [..., C] of counts [..., C, 4]; 0 where nothing could be counted."""
+    """A metric [...] of counts [..., 4]; 0 where nothing could be counted."""
     tp, fp, tn, fn = np.moveaxis(counts, -1, 0)
     top, bottom = {
         "accuracy": (tp + tn, tp + fp + tn + fn),
@@ -81,44 +87,53 @@ def score_mme(records: Sequence[Record], texts: Sequence[str | None]) -> AnswerS
         for record, text in zip(records, texts, strict=True)
     ]
     kinds = [str(record.meta.get("category", "all")) for record in records]
-    categories = list(dict.fromkeys(kinds))
+    members = members_of(kinds)
+    categories = list(members)
     pictures: dict[tuple[str, str], list[int]] = {}
     for number, (record, kind) in enumerate(zip(records, kinds, strict=True)):
         pictures.setdefault((kind, record.images[0]), []).append(number)
     rows = np.zeros((len(records), len(categories), 4))  # right questions, questions, right pictures, pictures
-    for (kind, _), members in pictures.items():
+    for (kind, _), asked in pictures.items():
         column = categories.index(kind)
-        rows[members, column, 0] = [values[number] for number in members]
-        rows[members, column, 1] = 1
-        rows[members[0], column, 2:] = min(values[number] for number in members), 1
+        rows[asked, column, 0] = [values[number] for number in asked]
+        rows[asked, column, 1] = 1
+        rows[asked[0], column, 2:] = min(values[number] for number in asked), 1
     flat = rows.reshape(len(records), -1)
     cognition = np.array([kind in COGNITION for kind in categories])
 
-    def shares(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [R, C * 4] -> [R, C] twice
-        counts = sums.reshape(len(sums), len(categories), 4)
-        zero = np.zeros(counts.shape[:2])
-        questions = np.divide(counts[..., 0], counts[..., 1], out=zero.copy(), where=counts[..., 1] != 0)
-        return questions, np.divide(counts[..., 2], counts[..., 3], out=zero, where=counts[..., 3] != 0)
-
-    def metric(sums: np.ndarray, name: str) -> np.ndarray:
-        questions, both = shares(sums)
+    def metric(sums: np.ndarray, name: str) -> np.ndarray:  # [R, C * 4] -> [R]
+        questions, both = _shares(sums.reshape(len(sums), len(categories), 4))
         if name in ("accuracy", "accuracy+"):
             return (questions if name == "accuracy" else both).mean(axis=1)
         chosen = {"MME": cognition | True, "MME-perception": ~cognition, "MME-cognition": cognition}[name]
         return (questions + both)[:, chosen].sum(axis=1)
 
+    def table(of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Table:
+        parts = {}
+        for column, kind in enumerate(categories):
+            counts = rows[members[kind], column]
+            parts[kind] = (members[kind], Parts(counts, lambda sums: of(*_shares(sums))))
+        return table_of("category", parts)
+
     total = flat.sum(axis=0)[None]
-    questions, both = shares(total)
     return AnswerScores(
         values,
         {name: 100 * float(metric(total, name)[0]) for name in MME_METRICS},
         {name: Parts(flat, lambda sums, name=name: metric(sums, name)) for name in MME_METRICS},  # type: ignore[misc]
         {
-            "score_per_category": dict(zip(categories, (100 * (questions + both))[0].tolist())),
-            "accuracy_per_category": by_group(kinds, values),
-            "accuracy+_per_category": dict(zip(categories, (100 * both)[0].tolist())),
+            "score_per_category": table(lambda questions, both: questions + both),
+            "accuracy_per_category": table(lambda questions, both: questions),
+            "accuracy+_per_category": table(lambda questions, both: both),
         },
     )
+
+
+def _shares(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares [...] of right questions and of pictures whose questions are all right; of counts [..., 4], those beside
+    how many there are; 0 where there are none."""
+    zero = np.zeros(counts.shape[:-1])
+    questions = np.divide(counts[..., 0], counts[..., 1], out=zero.copy(), where=counts[..., 1] != 0)
+    return questions, np.divide(counts[..., 2], counts[..., 3], out=zero, where=counts[..., 3] != 0)
 
 
 def _label(record: Record) -> str:

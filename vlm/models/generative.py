@@ -27,7 +27,7 @@ from vlm.data.packing import (
     pack,
     truncate,
 )
-from vlm.data.records import Message, Record
+from vlm.data.records import IMAGE_PLACEHOLDER, QUOTED_PLACEHOLDER, Message, Record
 from vlm.data.samples import Sample, make_samples
 from vlm.data.splitting import split_text
 from vlm.data.stored_features import encode_pictures
@@ -140,9 +140,10 @@ class GenerativeModel(TaskModel):
         return [self.image_tokens if tiling is None else tiling.count(image) for image in images]
 
     def question_messages(self, question: str, answer: str | None = None) -> list[Message]:
-        """A question about a picture (and its answer) as a conversation."""
-        messages = [Message("user", self.spec.question_prompt.replace("{question}", question))]
-        return messages if answer is None else [*messages, Message("assistant", answer)]
+        """A question about a picture (and its answer) as a conversation; `<image>` in them is a word."""
+        asked, said = (text and text.replace(IMAGE_PLACEHOLDER, QUOTED_PLACEHOLDER) for text in (question, answer))
+        messages = [Message("user", self.spec.question_prompt.replace("{question}", asked or ""))]
+        return messages if said is None else [*messages, Message("assistant", said)]
 
     def caption_messages(self, caption: str | None = None) -> list[Message]:
         """The request for a caption (and the caption) as a conversation."""
@@ -275,7 +276,8 @@ class GenerativeModel(TaskModel):
 
         images: one or a list of PIL images, paths or uint8 arrays [H,W,3]; one image serves all questions.
         generation: arguments of transformers' `generate` (greedy by default). Questions about one picture share its
-        encoding and its prefix. Raises VlmError for empty questions or unequal numbers, BrokenImage for a bad picture.
+        encoding and its prefix; `<image>` in a question is a word. Raises VlmError for empty questions or unequal
+        numbers, BrokenImage for a bad picture.
         """
         check_generation(generation)
         asked = [questions] if isinstance(questions, str) else list(questions)

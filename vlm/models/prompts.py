@@ -14,7 +14,7 @@ from vlm.data.conversation import (
     tokenize_conversation,
     tokenize_prompt_and_text,
 )
-from vlm.data.records import IMAGE_PLACEHOLDER, Message
+from vlm.data.records import IMAGE_PLACEHOLDER, QUOTED_PLACEHOLDER, Message
 from vlm.data.templates import answer_end
 from vlm.errors import VlmError
 from vlm.model_spec import GenerativeSpec, QFormerProjectionSpec
@@ -55,7 +55,7 @@ class PromptWriter:
         if self._model.instruction_tokenizer is None:
             return text
         said = "\n".join(message.text for message in messages if message.role == "user")
-        words = " ".join(said.replace(IMAGE_PLACEHOLDER, " ").split())
+        words = " ".join(said.replace(IMAGE_PLACEHOLDER, " ").replace(QUOTED_PLACEHOLDER, IMAGE_PLACEHOLDER).split())
         bridge = self._model.spec.bridge
         assert isinstance(bridge, QFormerProjectionSpec)
         (ids,) = self._model.instruction_tokenizer.ids([words], bridge.instruction_length)
