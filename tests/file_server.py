@@ -23,6 +23,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
         self.errors: list[int] = []  # status of the next answers
         self.asked: list[str | None] = []  # the Range of each request
+        self.headers: dict[str, str] = {}  # more of each answer
+        self.redirects: dict[str, tuple[str, dict[str, str]]] = {}  # path -> address, more headers
 
     def url(self, name: str = "file.bin") -> str:
         return f"http://127.0.0.1:{self.server_port}/{name}"
@@ -37,6 +39,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.errors:
             self.send_error(self.server.errors.pop(0))
             return
+        if self.path in self.server.redirects:
+            address, headers = self.server.redirects[self.path]
+            self.send_response(302)
+            for name, value in {"Location": address, "Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            return
         if self.path not in self.server.files:
             self.send_error(404)
             return
@@ -47,7 +56,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.end_headers()
             return
-        self.send_response(206 if start else 200)
+        self.send_response_only(206 if start else 200)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(self.server.claim or len(content) - start))

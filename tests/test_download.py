@@ -1,6 +1,7 @@
 """Downloads from a server that misbehaves: whole and right, or an error and nothing."""
 
 import errno
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,31 @@ def test_a_token_of_the_hub_goes_to_the_hub_alone(monkeypatch: pytest.MonkeyPatc
     # What is not redirected is in this mapping only.
     assert "Authorization" not in request.headers
     assert request.unredirected_hdrs["Authorization"] == "Bearer hf_secret"
+
+
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("linked", "headers", "checked"),
+    [
+        ({"X-Linked-ETag": f'"{SHA}"'}, {}, True),  # as the Hub redirects to where a large file lies
+        ({}, {"Server": "AmazonS3", "ETag": f'"{MD5}"'}, True),
+        ({}, {"Server": "AmazonS3", "ETag": f'"{MD5}-3"'}, False),  # of several parts: no digest of the whole
+        ({}, {"Server": "AmazonS3", "ETag": f'"{MD5}"', "x-amz-server-side-encryption": "aws:kms"}, False),
+        ({}, {"ETag": f'"{MD5}"'}, False),  # any server's, which means anything
+    ],
+)
+def test_a_digest_that_the_server_states_is_checked(
+    server: Server, tmp_path: Path, linked: dict[str, str], headers: dict[str, str], checked: bool
+) -> None:
+    server.headers, server.redirects = headers, {"/linked": (server.url(), linked)}
+    server.cut = [1000]
+    fetch(server.url("linked"), tmp_path / "f", wait=0)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    server.files["/file.bin"] = bytes(len(CONTENT))  # damaged on the way
+    if checked:
+        with pytest.raises(VlmError, match=r"damaged, or another version than expected: (SHA256|MD5) is not"):
+            fetch(server.url("linked"), tmp_path / "g", wait=0)
+        assert not (tmp_path / "g.part").exists()
+    fetch(server.url("linked"), tmp_path / "g", sha256=hashlib.sha256(bytes(len(CONTENT))).hexdigest(), wait=0)

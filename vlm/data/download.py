@@ -37,7 +37,8 @@ def fetch(
 ) -> None:
     """Download `url` to the file `to`; what an earlier try left in `to` + `.part` is not fetched again.
 
-    url: http(s), or `hf://datasets/OWNER/NAME/PATH` on the Hugging Face Hub. size, sha256, md5: what the file must be.
+    url: http(s), or `hf://datasets/OWNER/NAME/PATH` on the Hugging Face Hub. size, sha256, md5: what the file must be;
+    where neither digest is known, the one that the server states (the Hub's, S3's).
     wait: seconds before the first retry, doubled each time; the count starts again whenever bytes arrive.
     Raises VlmError if the server refuses or keeps breaking off, if the disk is full (what was received is kept), or if
     the file is not the one expected (then it is removed, for the next try has to start anew).
@@ -49,14 +50,15 @@ def fetch(
         while True:
             before = _length(part)
             try:
-                _receive(url, part, progress)
+                stated = _receive(url, part, progress)
                 break
             except Interrupted as error:
                 tries = 1 if _length(part) > before else tries + 1
                 if tries > RETRIES:
                     raise VlmError(f"{url}: {error} ({tries} times in a row); run it again to go on") from error
                 time.sleep(wait * 2 ** (tries - 1))
-        if problem := difference(part, size, sha256, md5):
+        told = {"sha256": sha256, "md5": md5} if sha256 or md5 else stated
+        if problem := difference(part, size, **told):
             part.unlink()
             raise VlmError(f"{url}: damaged, or another version than expected: {problem}; removed, run it again")
         part.replace(to)
@@ -83,15 +85,19 @@ def digest(file: Path, algorithm: str = "sha256") -> str:
     return found.hexdigest()
 
 
-def _receive(url: str, part: Path, progress: Progress) -> None:
-    """One request for what `part` lacks. Raises Interrupted where another one may help, VlmError where none will."""
+def _receive(url: str, part: Path, progress: Progress) -> dict[str, str]:
+    """One request for what `part` lacks; the digest of the whole file that the server states, if it does.
+
+    Raises Interrupted where another request may help, VlmError where none will.
+    """
     have = _length(part)
+    redirects = _Redirects()
     try:
-        answer = urllib.request.urlopen(_request(url, have), timeout=_TIMEOUT)
+        answer = urllib.request.build_opener(redirects).open(_request(url, have), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing follows: the part is whole, or of another file
             if _total(error.headers.get("Content-Range")) == have:
-                return
+                return redirects.stated
             part.unlink(missing_ok=True)
             raise Interrupted("the server has another file than the one begun") from error
         if error.code in _WORTH_ANOTHER_TRY:
@@ -119,6 +125,30 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
                 progress(done, total)
     if total is not None and done != total:
         raise Interrupted(f"the connection broke after {done:,} of {total:,} bytes")
+    return redirects.stated or _stated(answer.headers)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Redirects are followed; the digest that the Hub states beside one is kept, for the store behind it knows none."""
+
+    def __init__(self) -> None:
+        self.stated: dict[str, str] = {}
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        self.stated = self.stated or _stated(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _stated(headers: Any) -> dict[str, str]:
+    """The digest in an answer's headers: the Hub's SHA-256 of a large file, S3's MD5 of one that came in one part."""
+    linked = (headers.get("X-Linked-ETag") or "").strip('"')
+    if re.fullmatch("[0-9a-f]{64}", linked):
+        return {"sha256": linked}
+    tag = (headers.get("ETag") or "").strip('"')
+    plain = headers.get("Server") == "AmazonS3" and "kms" not in (headers.get("x-amz-server-side-encryption") or "")
+    return {"md5": tag} if plain and re.fullmatch("[0-9a-f]{32}", tag) else {}
 
 
 def _request(url: str, have: int) -> urllib.request.Request:
