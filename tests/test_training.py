@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from generative_parts import generative_spec
 from training_parts import (
     assert_same_runs,
     conversations,
@@ -19,6 +20,8 @@ from training_parts import (
 
 from vlm import load_model, train
 from vlm.errors import VlmError
+from vlm.models.build import build_model
+from vlm.models.starting import start_from
 from vlm.recipe import EvaluationSection, ObjectiveSpec
 from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.loop import Trainer
@@ -261,3 +264,18 @@ def test_a_second_stage_starts_from_the_first(tiny_folder, data, tmp_path):
     backwards = first.model_copy(update={"init_from": str(tmp_path / "second"), "output": str(tmp_path / "third")})
     with pytest.raises(VlmError, match=r"has no place for language_model\.lora"):
         train(backwards, quiet=True)
+
+
+def test_a_stage_for_another_language_model_is_told_or_refused(tiny_folder, data, tmp_path):
+    """Of another width nothing fits; of the same width everything does, and only names tell."""
+    first = tiny_recipe(tiny_folder, data, tmp_path / "first", steps=1).model_copy(update={"trainable": ["bridge.*"]})
+    train(first, quiet=True)
+    same = build_model(first.model, ["bridge.*"], "cpu", "fp32")
+    assert "WARNING" not in start_from(same, str(tmp_path / "first"))
+    other = build_model(generative_spec(tiny_folder, "qwen2"), ["bridge.*"], "cpu", "fp32")
+    said = start_from(other, str(tmp_path / "first"))
+    assert f"WARNING: trained for the language model {first.model.language_model.name}" in said
+    assert other.language_model.name in said
+    other.bridge.layers[-1] = torch.nn.Linear(32, 48)
+    with pytest.raises(VlmError, match=r"shapes differ for bridge\.layers\.2"):
+        start_from(other, str(tmp_path / "first"))

@@ -14,10 +14,11 @@ from vlm.backbones.lavis_checkpoint import is_lavis, read_lavis
 from vlm.backbones.llava_checkpoint import read_projector
 from vlm.errors import VlmError
 from vlm.loading import HUB_ID
-from vlm.models.build import WEIGHTS, read_weights
+from vlm.models.build import DESCRIPTION, WEIGHTS, read_weights
 from vlm.models.freezing import keep_frozen, load_trained_state, logical_name, some_names
 from vlm.models.published_blip2 import bridge_state
 from vlm.models.published_lavis import check_language, lavis_state
+from vlm.paths import read_yaml
 
 # What only a Q-Former's first stage has: its heads, and the side that reads texts.
 _FIRST_STAGE = ("heads.", "bridge.embeddings.")
@@ -32,11 +33,13 @@ class Start:
     """Tensors by the model's own names, and what they are in words.
 
     encoder_decoder: the kind of language model they were trained for; None where for none or any.
+    language_model: its name; None where it is not known.
     """
 
     state: dict[str, Tensor]
     what: str
     encoder_decoder: bool | None = None
+    language_model: str | None = None
 
 
 def start_from(model: nn.Module, sources: str | Sequence[str]) -> str:
@@ -49,7 +52,9 @@ def start_from(model: nn.Module, sources: str | Sequence[str]) -> str:
     state = {name: value for start in starts for name, value in start.state.items()}
     kinds = [start.encoder_decoder for start in starts if start.encoder_decoder is not None]
     what = " and ".join(start.what for start in starts)
-    return take(model, Start(state, what, kinds[-1] if kinds else None), ", ".join(names))
+    told = [start.language_model for start in starts if start.language_model is not None]
+    start = Start(state, what, kinds[-1] if kinds else None, told[-1] if told else None)
+    return take(model, start, ", ".join(names))
 
 
 def _read(source: Path) -> Start:
@@ -80,6 +85,10 @@ def take(model: nn.Module, start: Start, source: str) -> str:
     said = f"starting from {start.what}"
     if left_out:
         said += f"; {len(taken)} tensors taken, {len(left_out)} left out: {', '.join(_parts(left_out))}"
+    # Of one width, tensors fit a language model that they mean nothing to; of one name in two places, they may be its.
+    here = getattr(getattr(model, "language_model", None), "name", None)
+    if here is not None and start.language_model not in (None, here):
+        said += f"; WARNING: trained for the language model {start.language_model}, not for {here}"
     return said + (f"; new here: {', '.join(_parts(fresh))}" if fresh else "")
 
 
@@ -87,8 +96,15 @@ def from_run(source: Path) -> Start | None:
     """What an earlier run trained; None where `source` is no run folder and no `model` folder of one."""
     for path in (source / "model" / WEIGHTS, source / WEIGHTS):
         if path.is_file():
-            return Start(read_weights(path), str(source))
+            return Start(read_weights(path), str(source), language_model=_language_model_of(path.with_name(DESCRIPTION)))
     return None
+
+
+def _language_model_of(description: Path) -> str | None:
+    """The language model that a `model.yaml` names; None where there is none."""
+    model = read_yaml(description).get("model") if description.is_file() else None
+    language = model.get("language_model") if isinstance(model, dict) else None
+    return str(language["name"]) if isinstance(language, dict) and "name" in language else None
 
 
 def from_projector(source: Path) -> Start | None:
