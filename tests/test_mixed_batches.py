@@ -78,6 +78,7 @@ def test_bad_conversations_are_skipped_and_counted(tiny_folder, tmp_path):
         _item("orphan", None, ("human", "<image>\nwhat?"), ("gpt", "red")),
         _item("long", paths[1], ("human", "<image>\n" + "what? " * 900), ("gpt", "red")),
         _item("answers first", None, ("gpt", "a cat"), ("gpt", "red")),
+        _item("unseen", ["picture-0-0.png"] * 2, ("human", "<image>\nwhat?"), ("gpt", "red")),
     ]
     file = tmp_path / "data.json"
     file.write_text(json.dumps(good + bad))
@@ -88,7 +89,7 @@ def test_bad_conversations_are_skipped_and_counted(tiny_folder, tmp_path):
     assert trainer.train().finished
     broken = " | ".join(f"{name}: {reason}" for name, reason in trainer.source.broken.items())
     assert len(trainer.source.broken) == len(bad), broken
-    for reason in ("is empty", "user's again", "1 placeholder", "longer than 512 tokens", "starts with the user"):
+    for reason in ("is empty", "user's again", "for 0 picture", "for 2 picture", "longer than 512 tokens", "starts with the user"):
         assert reason in broken
     with pytest.raises(VlmError, match=r"more than data\.max_broken"):
         train(recipe.model_copy(update={"output": str(tmp_path / "strict")}), quiet=True)  # max_broken is .2
