@@ -190,3 +190,26 @@ def test_where_tiles_have_no_place_they_are_refused(tiny_folder, tmp_path):
         build_tiling(ImageTransform(), None, None)
     with pytest.raises(VlmError, match="anyres"):
         export_llava(_tiled_model(tiny_folder), tmp_path / "export")
+
+
+def test_a_run_over_tiles_goes_through_and_keeps_no_features(tiny_folder, tmp_path, monkeypatch):
+    """How many tokens a picture becomes depends on its shape, so the feature cache, on by default, stays empty."""
+    from training_parts import conversations, tiny_recipe
+
+    from vlm import train
+
+    monkeypatch.setenv("VLM_CACHE", str(tmp_path / "cache"))
+    data = conversations(tmp_path / "data", count=4)
+    for number, path in enumerate(sorted(data.parent.glob("*.png"))):
+        Image.open(path).resize(SHAPES[1 + number]).save(path)
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=2)
+    encoder = recipe.model.image_encoder.model_copy(update={"resize": "anyres", "layer": -2})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"image_encoder": encoder})})
+    assert recipe.data.cache_features
+    assert train(recipe, quiet=True).finished
+    assert not list(tmp_path.glob("cache/features/*"))
+    model = load_model(tmp_path / "run", "cpu", "fp32")
+    assert model.picture_features() is None
+    assert model.answer(str(path), "what is it?", max_new_tokens=4) == model.answer(
+        [path], ["what is it?"], max_new_tokens=4
+    )
