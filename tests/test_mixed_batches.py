@@ -89,7 +89,14 @@ def test_bad_conversations_are_skipped_and_counted(tiny_folder, tmp_path):
     assert trainer.train().finished
     broken = " | ".join(f"{name}: {reason}" for name, reason in trainer.source.broken.items())
     assert len(trainer.source.broken) == len(bad), broken
-    for reason in ("is empty", "user's again", "for 0 picture", "for 2 picture", "longer than 512 tokens", "starts with the user"):
+    for reason in (
+        "is empty",
+        "user's again",
+        "for 0 picture",
+        "for 2 picture",
+        "longer than 512 tokens",
+        "starts with the user",
+    ):
         assert reason in broken
     with pytest.raises(VlmError, match=r"more than data\.max_broken"):
         train(recipe.model_copy(update={"output": str(tmp_path / "strict")}), quiet=True)  # max_broken is .2

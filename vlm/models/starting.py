@@ -96,7 +96,8 @@ def from_run(source: Path) -> Start | None:
     """What an earlier run trained; None where `source` is no run folder and no `model` folder of one."""
     for path in (source / "model" / WEIGHTS, source / WEIGHTS):
         if path.is_file():
-            return Start(read_weights(path), str(source), language_model=_language_model_of(path.with_name(DESCRIPTION)))
+            named = _language_model_of(path.with_name(DESCRIPTION))
+            return Start(read_weights(path), str(source), language_model=named)
     return None
 
 
