@@ -1,6 +1,9 @@
 """The task `caption`: models and official files of predictions, on annotations in COCO's and VQA's own layouts."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +160,15 @@ def test_the_interval_of_a_function_of_sums_is_that_of_the_corpus_score() -> Non
 
 @pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no oracles at {ORACLES}; set VLM_ORACLES")
 def test_the_command_gives_the_official_scores(tmp_path: Path) -> None:
+    """As a process of its own, on files outside a data folder that is not there."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "vlm.cli.eval", *arguments, "--json"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "VLM_DATA": str(tmp_path / "none")}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
     for bundle in sorted((ORACLES / "captions").iterdir()):
         expected = json.loads((bundle / "expected.json").read_text())["corpus"]
         arguments = ["--predictions", str(bundle / "results.json"), f"dataset.annotations={bundle / 'captions.json'}"]

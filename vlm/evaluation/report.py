@@ -118,7 +118,7 @@ def _bar(name: str, score: float, note: str, kind: str = "other", interval: tupl
 def _tables(result: EvaluationResult) -> list[str]:
     tables = []
     if len(result.metrics) > 1:
-        tables.append(_table("All metrics", _scored(result.metrics, result.intervals), "number"))
+        tables.append(_table("All metrics", _scored(_named(result.metrics), _named(result.intervals)), "number"))
     rows = _scored(result.scores, result.score_intervals)
     tables.append(_table("The same answers by each protocol", rows, "number"))
     for title, scores in result.tables.items():
@@ -129,6 +129,10 @@ def _tables(result: EvaluationResult) -> list[str]:
     tables.append(_table("Settings", settings))
     tables.append(_table("Versions", list(result.versions.items())))
     return tables
+
+
+def _named(scores: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", " "): score for name, score in scores.items()}
 
 
 def _scored(scores: dict[str, float], intervals: dict[str, tuple[float, float]]) -> list[tuple[str, str]]:
