@@ -57,6 +57,20 @@ def tiny_recipe(tiny_folder: Callable[..., Path], data: Path, output: Path, **tr
     return Recipe.model_validate(content)
 
 
+def caption_benchmark(folder: Path, pictures: Path) -> Path:
+    """A benchmark over the pictures of a folder, written to another; returns its file."""
+    paths = sorted(pictures.glob("*.png"))
+    lines = [json.dumps({"image": str(path), "captions": [f"shape {number}"]}) for number, path in enumerate(paths)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    splits = {"test": {"path": str(folder / "captions.jsonl")}}
+    about = {"name": "tiny_data", "licence": "MIT", "format": "captions_jsonl", "splits": splits}
+    (folder / "tiny_data.yaml").write_text(yaml.safe_dump(about))
+    benchmark = {"name": "tiny", "task": "caption", "dataset": str(folder / "tiny_data.yaml")}
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**benchmark, "decoding": {"max_new_tokens": 8}}))
+    return file
+
+
 def losses(folder: Path) -> list[float]:
     """The loss of each logged step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -16,7 +16,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_model(
-    name: str | Path, device: "str | torch.device | None" = None, dtype: "str | torch.dtype | None" = None
+    name: str | Path,
+    device: "str | torch.device | None" = None,
+    dtype: "str | torch.dtype | None" = None,
+    trust_remote_code: bool = False,
 ) -> "TaskModel":
     """A model ready to use, frozen and in eval mode.
 
@@ -24,14 +27,15 @@ def load_model(
     Hugging Face id or local folder of a model in transformers' layout (`vlm.models.published.PUBLISHED`); or a BLIP-2
     of LAVIS (`.pth`).
     device: default CUDA, else MPS, else CPU. dtype: of frozen weights, `fp32`, `bf16`, `fp16` or a torch.dtype; by
-    default what the device is good at. Raises VlmError if there is nothing to load or a key does not fit.
+    default what the device is good at. trust_remote_code: allow a run folder whose recipe said so to run the Python
+    beside its language model's weights. Raises VlmError if there is nothing to load or a key does not fit.
     """
     from vlm.backbones.lavis_checkpoint import is_lavis
     from vlm.models.build import DESCRIPTION, load_model_folder
 
     path = Path(name).expanduser()
     if (folder := model_folder(path)) is not None:
-        return load_model_folder(folder, device, _precision(dtype))
+        return load_model_folder(folder, device, _precision(dtype), trust_remote_code=trust_remote_code)
     if (path / "recipe.yaml").is_file():
         raise VlmError(f"{path}: this run has not written its model yet; go on with `vlm-train RECIPE --resume`")
     text = str(name)

@@ -65,12 +65,20 @@ class LanguageModelSpec(Strict):
     """A frozen (or trained) language model, decoder-only or encoder-decoder, with optional LoRA.
 
     quantization: hold the frozen weights in 4 bits (NF4, Dettmers et al. 2023) or 8 (Dettmers et al. 2022); CUDA only.
+    trust_remote_code: run the Python beside the weights of an `hf:` part that transformers does not know.
     """
 
     name: str
     lora: LoraSpec | None = None
     precision: Precision = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _code_lies_beside_hf_parts(self) -> "LanguageModelSpec":
+        if self.trust_remote_code and not self.name.startswith("hf:"):
+            raise ValueError("`trust_remote_code` is for a part named `hf:...`; others have no code of their own")
+        return self
 
 
 class TextEncoderSpec(Strict):

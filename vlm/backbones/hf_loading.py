@@ -38,9 +38,14 @@ def load_config(reference: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(reference)
+        return AutoConfig.from_pretrained(reference, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise VlmError(f"hf:{reference}: no such folder and no such model on the hub: {_first_line(error)}") from error
+
+
+def needs_code(error: Exception) -> bool:
+    """Whether transformers refused a part because its own Python would have to run."""
+    return "trust_remote_code" in str(error)
 
 
 def load_strictly(cls: Any, reference: str, unused: Iterable[str] = (), optional: Iterable[str] = (), **options: Any):  # type: ignore[no-untyped-def]

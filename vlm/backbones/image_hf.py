@@ -180,7 +180,7 @@ def hf_transform(reference: str) -> ImageTransform:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(reference)
+        processor = AutoImageProcessor.from_pretrained(reference, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise VlmError(
             f"hf:{reference}: its image preprocessor cannot be read: {str(error).splitlines()[0]}"

@@ -1,5 +1,6 @@
 """Language models of transformers: embeddings in, hidden states and next-token logits out."""
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.backbones.adapted_linear import fuse_adapters
-from vlm.backbones.hf_loading import load_strictly, read_config
+from vlm.backbones.hf_loading import load_strictly, needs_code, read_config
 from vlm.backbones.names import PartName, parse_part_name
 from vlm.backbones.quantization import quantization_options
 from vlm.backbones.row_attention import make_rows, use_row_attention
@@ -239,7 +240,9 @@ def build_language_model(spec: LanguageModelSpec, precision: str = "auto") -> La
     folder = _FOLDERS[part.source](part)
     dtype = storage_dtype(spec.precision if spec.precision != "auto" else precision)
     options = {"dtype": dtype, **quantization_options(spec.quantization, spec.name, dtype)}
-    network, tokenizer = _load(folder, spec.name, options)
+    if spec.trust_remote_code:
+        warnings.warn(f"{spec.name}: Python that lies beside these weights is run (trust_remote_code)", stacklevel=2)
+    network, tokenizer = _load(folder, spec.name, options, spec.trust_remote_code)
     network.requires_grad_(False)
     network.eval()
     if spec.lora is not None:
@@ -311,10 +314,10 @@ _FOLDERS: dict[str, Callable[[PartName], str]] = {
 }
 
 
-def _load(folder: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, Tokenizer]:
+def _load(folder: str, name: str, options: dict[str, Any], code: bool) -> tuple[nn.Module, Tokenizer]:
     """Network and tokeniser from a folder or hub id; every key of the checkpoint is accounted for.
 
-    options: of `from_pretrained`.
+    options: of `from_pretrained`. code: whether Python beside the weights may run.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
     from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as SEQUENCE
@@ -331,19 +334,24 @@ def _load(folder: str, name: str, options: dict[str, Any]) -> tuple[nn.Module, T
         network, _ = load_strictly(kinds[type(checkpoint.text_config)], folder, **options)
         return network, load_tokenizer(checkpoint.base or folder, name)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     except (OSError, ValueError) as error:
+        if needs_code(error):
+            raise VlmError(
+                f"language model {name!r} needs Python code that lies beside its weights; read it, and if you trust "
+                "it, set model.language_model.trust_remote_code=true"
+            ) from error
         reason = str(error).splitlines()[0]
         raise VlmError(f"language model {name!r} cannot be loaded: {reason}") from error
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        network, report = factory.from_pretrained(folder, output_loading_info=True, **options)
+        network, report = factory.from_pretrained(folder, output_loading_info=True, trust_remote_code=code, **options)
     except (OSError, ValueError) as error:
         raise VlmError(f"language model {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise VlmError(f"language model {name!r}: {kind.replace('_', ' ')}: {_some(report[kind])}")
-    return network, load_tokenizer(folder, name)
+    return network, load_tokenizer(folder, name, code)
 
 
 def _whole(folder: str) -> WholeCheckpoint | None:
@@ -355,16 +363,17 @@ def _whole(folder: str) -> WholeCheckpoint | None:
     return read_whole(folder)
 
 
-def load_tokenizer(folder: str, name: str) -> Tokenizer:
+def load_tokenizer(folder: str, name: str, code: bool = False) -> Tokenizer:
     """The tokeniser beside a language model, with `<image>` as a token of its own.
 
     The placeholder's id may lie outside the embedding table: it is replaced by image tokens before anything is
-    embedded. Raises VlmError if there is no fast tokeniser (character offsets are needed for exact loss masks).
+    embedded. code: whether Python beside it may run. Raises VlmError if there is no fast tokeniser (character offsets
+    are needed for exact loss masks).
     """
     from transformers import AddedToken, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
     except (OSError, ValueError) as error:
         raise VlmError(f"tokeniser of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:

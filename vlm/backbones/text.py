@@ -219,7 +219,7 @@ def hf_tokenizer(reference: str, kind: str, max_positions: int) -> tuple[Tokeniz
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reference)
+        tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise VlmError(f"hf:{reference}: its tokeniser cannot be read: {str(error).splitlines()[0]}") from error
     # RoBERTa counts positions from padding_idx + 1, so two of its positions hold no token.

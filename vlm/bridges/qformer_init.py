@@ -135,7 +135,7 @@ def qformer_tokenizer(spec: QFormerParts) -> QFormerTokenizer:
     # InstructBLIP keeps it beside the language model's.
     folder = {"subfolder": "qformer_tokenizer"} if config.model_type == "instructblip" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reference, **folder)
+        tokenizer = AutoTokenizer.from_pretrained(reference, trust_remote_code=False, **folder)
     except (OSError, ValueError) as error:
         raise VlmError(f"{spec.init}: its tokeniser cannot be read: {str(error).splitlines()[0]}") from error
     published = config.model_type in KINDS  # its vocabulary counts [DEC]; its tokeniser may know it, and `<image>`

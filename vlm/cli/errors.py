@@ -1,6 +1,7 @@
 """How every command ends when something goes wrong: one line on stderr, and an exit status."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from vlm.cli.processes import lost_process
 from vlm.errors import VlmError
 
 # What the machine or the user can mend; any other OSError is ours and keeps its traceback.
@@ -32,6 +34,12 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if debug or (told := lost_process(error)) is None:
+            raise
+        print("error: " + " ".join(told.split()), file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # threads of the group may wait for the process that is gone
 
 
 def run(app: typer.Typer) -> NoReturn:

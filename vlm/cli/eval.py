@@ -49,6 +49,10 @@ def evaluate(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Keep answers, and take those the model gave before.")
     ] = True,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Let a run folder's language model run the code beside its weights."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json, one line per benchmark.")] = False,
     show_list: Annotated[
         bool, typer.Option("--list", help="List the benchmarks that travel with the library.")
@@ -69,14 +73,32 @@ def evaluate(
         if predictions is not None and len(names) > 1:
             raise VlmError(f"--predictions holds the answers of one benchmark, but {len(names)} are named")
         if submit:
-            _submit_all(names, overrides, model, output, batch_size, cache)
+            _submit_all(names, overrides, model, output, batch_size, cache, trust_remote_code)
         else:
-            _evaluate_all(names, overrides, model, predictions, limit, output, batch_size, as_json, partial, cache)
+            _evaluate_all(
+                names,
+                overrides,
+                model,
+                predictions,
+                limit,
+                output,
+                batch_size,
+                as_json,
+                partial,
+                cache,
+                trust_remote_code,
+            )
         leave_the_group()
 
 
 def _submit_all(
-    names: list[str], overrides: list[str], model: str | None, output: Path | None, batch_size: int, cache: bool
+    names: list[str],
+    overrides: list[str],
+    model: str | None,
+    output: Path | None,
+    batch_size: int,
+    cache: bool,
+    trust_remote_code: bool,
 ) -> None:
     from vlm.evaluation import load_benchmark
     from vlm.evaluation.runner import default_output
@@ -86,7 +108,7 @@ def _submit_all(
     if model is None:
         raise VlmError("--submit asks a model: give --model NAME")
     plans = [load_benchmark(name, overrides) for name in names]
-    loaded = load_model(model)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
     for plan in plans:
         folder = output or default_output(model, plan.name)
         file = submit(plan, loaded, output=folder, batch_size=batch_size, model_name=model, cache=cache)
@@ -105,6 +127,7 @@ def _evaluate_all(
     as_json: bool,
     partial: bool,
     cache: bool,
+    trust_remote_code: bool,
 ) -> None:
     from vlm.evaluation import load_benchmark
     from vlm.evaluation.runner import default_output, evaluate
@@ -115,7 +138,7 @@ def _evaluate_all(
     if model is not None:
         from vlm.loading import load_model
 
-        loaded = load_model(model)
+        loaded = load_model(model, trust_remote_code=trust_remote_code)
     for plan in plans:
         folder = default_output(model, plan.name)
         if output is not None:

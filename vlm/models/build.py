@@ -152,34 +152,53 @@ def save_model_folder(
     """Write `model.yaml` and the trained weights aside, then put them in place at once.
 
     weights: `trained_state` of the model, where it lies in shards that one process alone cannot read.
+    Raises VlmError where they cannot be written; what was there stays.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     import vlm
 
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(trained_state(model) if weights is None else weights, aside / WEIGHTS, metadata={"format": "pt"})
+    aside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
     description = ModelDescription(
         vlm=vlm.__version__, model=model.spec, trainable=list(trainable), fingerprints=_fingerprints(model)
     )
-    dump_yaml(json.loads(description.model_dump_json()), aside / DESCRIPTION)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    try:
+        aside.mkdir(parents=True)
+        save_file(trained_state(model) if weights is None else weights, aside / WEIGHTS, metadata={"format": "pt"})
+        dump_yaml(json.loads(description.model_dump_json()), aside / DESCRIPTION)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        hint = "" if isinstance(error, OSError) else "; is the disk full?"
+        raise VlmError(f"the model {folder} could not be written: {error}{hint}") from error
 
 
 def load_model_folder(
-    folder: Path, device: str | torch.device | None = None, precision: str = "auto", quantized: bool = True
+    folder: Path,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    quantized: bool = True,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A model from a folder written by `save_model_folder`, frozen and in eval mode.
 
     quantized: hold the language model as it was trained on; False loads its whole weights instead.
+    trust_remote_code: run Python beside the language model's weights where the folder asks for it; a folder may be
+    somebody else's, so that its own word for it is not enough.
     Raises VlmError if a file is missing, a key does not fit, or a frozen part is not the one it was trained with.
     """
     description = validate(ModelDescription, read_yaml(folder / DESCRIPTION), where=str(folder / DESCRIPTION))
     spec = description.model
-    if not quantized and isinstance(language := getattr(spec, "language_model", None), LanguageModelSpec):
+    language = getattr(spec, "language_model", None)
+    if isinstance(language, LanguageModelSpec) and language.trust_remote_code and not trust_remote_code:
+        raise VlmError(
+            f"{folder}: its language model {language.name!r} runs Python that lies beside its weights; if you trust "
+            "it, load_model(..., trust_remote_code=True) or vlm-eval --trust-remote-code"
+        )
+    if not quantized and isinstance(language, LanguageModelSpec):
         whole = language.model_copy(update={"quantization": "none"})
         spec = spec.model_copy(update={"language_model": whole})
     model = build_model(spec, description.trainable, device, precision)

@@ -34,7 +34,8 @@ class StepMeter(TorchDispatchMode):
     """Counts matrix operations, and the storages that are made while it is on, until they are freed.
 
     flops: by torch's own formulas, without its counter's bookkeeping, which takes most of the time where tensors have
-    no values. peak: the most bytes alive at one time, of what was made since it was switched on. now: bytes alive now.
+    no values. peak: the most bytes alive at one time, within 1 %, of what was made since it was switched on. now: those
+    alive now.
     Work space inside a kernel is not seen. Tensors that only wait for Python's cycle collector do not count.
     """
 
@@ -88,4 +89,4 @@ class StepMeter(TorchDispatchMode):
         self.now += size
         if self.now > self.peak * 1.01:
             gc.collect()
-        self.peak = max(self.peak, self.now)
+            self.peak = max(self.peak, self.now)  # only now: what waits for the collector would add up

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vlm.errors import VlmError
@@ -42,26 +43,33 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-NNNNNNNN`, then delete all but the newest `keep` checkpoints.
 
+    One of that step that is there already, and whole, stays: a run at a step is the same however it came there.
     Raises VlmError if the disk is full or read-only; earlier checkpoints are then untouched.
     """
     target = folder / f"step-{state['step']:08d}"
-    aside = folder / f".{target.name}.{os.getpid()}"
+    aside = folder / f".{target.name}"
+    if target.exists():
+        try:
+            _read(target)
+            return target
+        except Exception:  # torn: written anew
+            shutil.rmtree(target, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in folder.glob(".step-*"):  # by a kill
+            shutil.rmtree(left)
         aside.mkdir()
         save_file(weights, aside / _WEIGHTS, metadata={"format": "pt"})
         torch.save(optimizer, aside / _OPTIMIZER)
         (aside / _STATE).write_text(json.dumps(state))
         for name in (_WEIGHTS, _OPTIMIZER, _STATE):
             _sync(aside / name)
-        if target.exists():
-            shutil.rmtree(target)
         os.replace(aside, target)
         _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
         shutil.rmtree(aside, ignore_errors=True)
-        raise VlmError(f"the checkpoint {target} could not be written: {error}; earlier ones are untouched") from error
+        reason = str(error).splitlines()[0] + ("" if isinstance(error, OSError) else "; is the disk full?")
+        raise VlmError(f"the checkpoint {target} could not be written: {reason}; earlier ones are untouched") from error
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -72,17 +80,21 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     import warnings
 
     for candidate in reversed(_folders(folder)):
-        checkpoint = None
         try:
-            checkpoint = Checkpoint(candidate, json.loads((candidate / _STATE).read_text()))
-            if checkpoint.step < 0 or not {"broken", "scaler"} <= checkpoint.state.keys():
-                raise ValueError(f"{_STATE} lacks what a run goes on with")
-            checkpoint.weights()
-            checkpoint.optimizer()
-            return checkpoint
+            return _read(candidate)
         except Exception as error:
             warnings.warn(f"checkpoint {candidate} cannot be read ({error}); trying the one before", stacklevel=2)
     return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    """A checkpoint all of whose files can be read; raises whatever their readers do where one cannot."""
+    checkpoint = Checkpoint(folder, json.loads((folder / _STATE).read_text()))
+    if checkpoint.step < 0 or not {"broken", "scaler"} <= checkpoint.state.keys():
+        raise ValueError(f"{_STATE} lacks what a run goes on with")
+    checkpoint.weights()
+    checkpoint.optimizer()
+    return checkpoint
 
 
 def _folders(folder: Path) -> list[Path]:

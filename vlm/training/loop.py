@@ -1,9 +1,8 @@
 """The training loop: setup, train, save."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from vlm.training.optimiser import build_optimizer, gradient_norm, schedule_fact
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
 from vlm.training.sharding import shard_task
+from vlm.training.signals import on_sigterm
 from vlm.training.source import Placed, Prepared, build_source
 from vlm.training.task import FirstPass, Task, add_reports
 
@@ -100,6 +100,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe.optimizer)
         self.step = 0
         self.bad_steps = 0
+        self.unlogged: list[dict[str, float]] = []  # losses since the last line of the log
+        self.best: dict[str, Any] = {}  # score and step of the best evaluation so far
         if resume:
             self._resume()
         self.task: Any = task if recipe.train.fsdp else self.accelerator.prepare_model(task)
@@ -125,7 +127,8 @@ class Trainer:
         else:
             load_trained_state(self.model, checkpoint.weights(), where=str(checkpoint.folder))
             load_optimizer_state(self.optimizer, checkpoint.optimizer())
-            self.step = checkpoint.step
+            self.step, self.bad_steps = checkpoint.step, checkpoint.state.get("bad_steps", 0)
+            self.unlogged, self.best = checkpoint.state.get("unlogged", []), checkpoint.state.get("best", {})
             self.source.broken.update(checkpoint.state["broken"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -145,16 +148,15 @@ class Trainer:
         """Go to the last step, or to the checkpoint that SIGTERM asks for."""
         self.model.train()
         metrics: dict[str, Any] = {}
-        sums: list[dict[str, float]] = []
         section = self.recipe.train
-        with self._stop_on_sigterm(), self.report.bar(self.step, self.steps):
+        with on_sigterm(self.stop), self.report.bar(self.step, self.steps):
             while self.step < self.steps and not self._should_stop():
                 losses = self.train_step(self._samples(self.step), self._samples(self.step + 1))
                 self.step += 1
-                sums += [losses] if losses else []
+                self.unlogged += [losses] if losses else []
                 if self.step % section.log_every == 0 or self.step == self.steps:
-                    metrics = self._log(sums)
-                    sums = []
+                    metrics = self._log(self.unlogged)
+                    self.unlogged = []
                 if section.sample_every and (self.step % section.sample_every == 0 or self.step == 1):
                     self._show_samples()
                 every = self.recipe.evaluation.every
@@ -316,22 +318,28 @@ class Trainer:
         self.model.train()
 
     def _evaluate(self) -> None:
+        """Score the model as it is; the processes share the questions, and all get the result."""
         from vlm.evaluation import evaluate
 
-        if self.rank == 0:
-            self.model.eval()
-            for name in self.recipe.evaluation.benchmarks:
-                result = evaluate(
-                    name,
-                    model=self.model,
-                    model_name=str(self.folder.path),
-                    limit=self.recipe.evaluation.limit,
-                    output=self.folder.path / "eval" / name,
-                    progress=False,
-                )
+        self.model.eval()
+        for number, name in enumerate(self.recipe.evaluation.benchmarks):
+            result = evaluate(
+                name,
+                model=self.model,
+                model_name=str(self.folder.path),
+                limit=self.recipe.evaluation.limit,
+                output=self.folder.path / "eval" / Path(name).stem,
+                progress=False,
+            )
+            best = number == 0 and result.score > self.best.get("score", -math.inf)
+            if best:
+                self.best = {"benchmark": name, "score": result.score, "step": self.step}
+            if self.rank == 0:
                 self.folder.log({"step": self.step, f"eval/{name}": result.score})
-                self.report.say(f"step {self.step}: {name} {result.score:.1f}")
-            self.model.train()
+                if best:
+                    save_model_folder(self.model, self.recipe.trainable, self.folder.best)
+            self.report.say(f"step {self.step}: {name} {result.score:.1f}")
+        self.model.train()
         self.accelerator.wait_for_everyone()
 
     # ---- save -----------------------------------------------------------------------------------------------
@@ -344,7 +352,14 @@ class Trainer:
                 self.folder.checkpoints,
                 weights,
                 optimizer,
-                {"step": self.step, "broken": self.source.broken, "scaler": self._scaler_state()},
+                {
+                    "step": self.step,
+                    "broken": self.source.broken,
+                    "scaler": self._scaler_state(),
+                    "bad_steps": self.bad_steps,
+                    "unlogged": self.unlogged,
+                    "best": self.best,
+                },
                 keep=self.recipe.train.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
@@ -359,6 +374,8 @@ class Trainer:
             save_model_folder(self.model, self.recipe.trainable, self.folder.model, weights)
         if self.recipe.evaluation.benchmarks:
             self._evaluate()
+        if self.best:
+            self.report.say(f"best: {self.best['benchmark']} {self.best['score']:.1f} at step {self.best['step']}")
         if self.source.broken:
             self.report.say(f"{len(self.source.broken)} broken samples were skipped")
         if self.recipe.train.track:
@@ -366,23 +383,12 @@ class Trainer:
         self.report.say(f"done: {self.folder.path}")
         self.accelerator.wait_for_everyone()
 
+    def stop(self) -> None:
+        """End after this step, with a checkpoint."""
+        self.stopping = True
+
     def _should_stop(self) -> bool:
         """Whether any process was asked to stop; all must agree on the step."""
         if self.world == 1:
             return self.stopping
         return bool(self.accelerator.reduce(torch.tensor(float(self.stopping), device=self.device)) > 0)
-
-    @contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        def stop(*_: Any) -> None:
-            self.stopping = True
-
-        try:
-            before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread: signals are the caller's business
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)

@@ -26,6 +26,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.best = self.path / "best"
 
     @property
     def is_started(self) -> bool:
@@ -92,7 +93,9 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        self.metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside = self.metrics.with_suffix(".tmp")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.replace(self.metrics)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
