@@ -59,7 +59,7 @@ def test_queries_alone(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> N
     """Every layer's states, the keys and values that are kept, and the embeddings."""
     bridge, heads = parts
     seen: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: seen.append(output[0])) for layer in bridge.layers]
+    hooks = [layer.register_forward_hook(lambda _, __, output: seen.append(output[0][0])) for layer in bridge.layers]
     normed: list[Tensor] = []
     layer = bridge.layers[0].cross_attention.key
     hooks.append(layer.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0])))
@@ -68,7 +68,7 @@ def test_queries_alone(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> N
         hook.remove()
     want = bundle.expected
     close(normed[0], want["ln_vision_out"])
-    close(torch.stack(seen), want["query_hidden_states"][1:])
+    close(torch.stack(seen).unflatten(1, (-1, bridge.num_queries)), want["query_hidden_states"][1:])
     close(output.states, want["query_output"])
     close(output.keys_values[-1][0], want["past_key_last_layer"])
     close(output.keys_values[-1][1], want["past_value_last_layer"])

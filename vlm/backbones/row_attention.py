@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm.data.unique_rows import put_rows, take_rows
+
 NAME = "vlm_rows"  # of this attention in transformers' table
 
 
@@ -24,12 +26,12 @@ class Rows:
 
     def pack(self, padded: Tensor) -> Tensor:
         """Rows [B,T,...] to their real tokens as one sequence [1,N,...]."""
-        return _Gather.apply(padded.flatten(0, 1), self.places)[None]
+        return take_rows(padded.flatten(0, 1), self.places)[None]
 
     def unpack(self, packed: Tensor) -> Tensor:
         """One sequence [1,N,...] to rows [B,T,...], zeros where there is no token."""
         batch, length = self.shape
-        return _Scatter.apply(packed[0], self.places, batch * length).unflatten(0, self.shape)
+        return put_rows(packed[0], self.places, batch * length).unflatten(0, self.shape)
 
 
 def make_rows(lengths: tuple[int, ...], mask: Tensor) -> Rows:
@@ -80,29 +82,3 @@ def row_attention(
     query, key, value = (rows.unpack(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))  # [B,H,T,d]
     attended, _ = sdpa_attention_forward(module, query, key, value, rows.mask, **options)
     return rows.pack(attended), None
-
-
-# Indexing whose gradient is indexing again: places are unique, which autograd cannot know and adds up one by one.
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.length = len(values)
-        return values.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return grads[0].new_zeros(ctx.length, *grads[0].shape[1:]).index_copy_(0, places, grads[0]), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor, length: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return values.new_zeros(length, *values.shape[1:]).index_copy_(0, places, values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return grads[0].index_select(0, places), None, None

@@ -7,14 +7,15 @@ every pass: queries alone, queries with any number of texts, and texts behind th
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.bridges.qformer_layers import NORM_EPS, KeysValues, QFormerLayer, QFormerSizes, Text
+from vlm.bridges.dropout import dropout
+from vlm.bridges.qformer_layers import NORM_EPS, Attention, KeysValues, Part, QFormerLayer, QFormerSizes, Rows
 from vlm.data.text_batch import TextBatch
+from vlm.data.unique_rows import take_rows
 from vlm.errors import VlmError
 
 IMAGE_NORM_EPS = 1e-5
@@ -37,12 +38,25 @@ class ImageKeysValues:
             tuple(one and two and (torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])) for one, two in both)
         )
 
-    def select(self, rows: Sequence[int] | Tensor | slice) -> "ImageKeysValues":
+    def select(self, rows: Sequence[int]) -> "ImageKeysValues":
         """The images of these numbers, in this order."""
-        if not isinstance(rows, slice):
-            keys = next(layer[0] for layer in self.layers if layer is not None)
-            rows = torch.as_tensor(rows, dtype=torch.long, device=keys.device)
-        return ImageKeysValues(tuple(layer and (layer[0][rows], layer[1][rows]) for layer in self.layers))
+        if list(rows) == list(range(len(self))):
+            return self
+        keys = next(layer[0] for layer in self.layers if layer is not None)
+        index = torch.tensor(rows, dtype=torch.long, device=keys.device)
+        take = take_rows if len(set(rows)) == len(rows) else _select
+        return ImageKeysValues(tuple(layer and (take(layer[0], index), take(layer[1], index)) for layer in self.layers))
+
+    def split(self, sizes: Sequence[int]) -> list["ImageKeysValues"]:
+        """So many images each, one behind the other."""
+        if len(sizes) == 1:
+            return [self]
+        parts: list[list[KeysValues | None]] = [[] for _ in sizes]
+        for layer in self.layers:
+            pieces = zip(*(x.split(list(sizes)) for x in layer)) if layer is not None else [None] * len(sizes)
+            for part, piece in zip(parts, pieces):
+                part.append(piece)
+        return [ImageKeysValues(tuple(part)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -52,15 +66,19 @@ class QueryStates:
     states: Tensor
     keys_values: tuple[KeysValues, ...]
 
-    def select(self, rows: Sequence[int] | slice) -> "QueryStates":
+    def select(self, rows: Sequence[int]) -> "QueryStates":
         """The images of these numbers, in this order. Layers that are the same for all images stay as they are."""
-        index = rows if isinstance(rows, slice) else torch.tensor(rows, device=self.states.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.states.device)
         several = len(self.states) > 1
         chosen = tuple(
-            (keys[index], values[index]) if several and len(keys) > 1 else (keys, values)
+            (_select(keys, index), _select(values, index)) if several and len(keys) > 1 else (keys, values)
             for keys, values in self.keys_values
         )
-        return QueryStates(self.states[index], chosen)
+        return QueryStates(_select(self.states, index), chosen)
+
+
+def _select(values: Tensor, places: Tensor) -> Tensor:
+    return values.index_select(0, places)
 
 
 class TextEmbeddings(nn.Module):
@@ -103,6 +121,8 @@ class QFormer(nn.Module):
             raise VlmError(f"Q-Former: expected image tokens [B,N,{self.sizes.image_width}], got {list(tokens.shape)}")
         norm = self.image_norm
         wide = torch.promote_types(tokens.dtype, torch.float32)
+        if torch.is_grad_enabled() and norm.weight.requires_grad and not tokens.requires_grad:
+            return self._image_of_constants(tokens.to(wide))
         with torch.autocast(tokens.device.type, enabled=False):
             weight, bias = norm.weight.to(wide), norm.bias.to(wide)
             normed = F.layer_norm(tokens.to(wide), norm.normalized_shape, weight, bias, norm.eps)
@@ -111,28 +131,49 @@ class QFormer(nn.Module):
             tuple(layer.cross_attention and layer.cross_attention.keys_values(normed) for layer in self.layers)
         )
 
+    def _image_of_constants(self, tokens: Tensor) -> ImageKeysValues:
+        """`image` of tokens that need no gradient: none is computed for them, only for the norm's weight and bias.
+
+        K(g * x + b) is (K * g) x + K b: with the norm's weight moved into the layers', a third of the products of
+        keys and values is not done.
+        """
+        norm = self.image_norm
+        with torch.autocast(tokens.device.type, enabled=False):
+            plain = F.layer_norm(tokens, norm.normalized_shape, eps=norm.eps).to(self.query_tokens.dtype)
+
+        def project(attention: Attention, linear: nn.Linear) -> Tensor:
+            with torch.autocast(tokens.device.type, enabled=False):
+                weight, bias = linear.weight * norm.weight, torch.addmv(linear.bias, linear.weight, norm.bias)
+            return attention.split(F.linear(plain, weight, bias))
+
+        looking = [layer.cross_attention for layer in self.layers]
+        return ImageKeysValues(tuple(a and (project(a, a.key), project(a, a.value)) for a in looking))
+
     def queries(self, image: ImageKeysValues) -> QueryStates:
         """The queries alone, about each image."""
-        states = self._start(len(image))
-        kept = []
-        for layer, seen in zip(self.layers, image.layers):
-            states, keys_values = layer(states, seen)
-            kept.append(keys_values)
-        return QueryStates(states, tuple(kept))
+        states, kept = self._run([self._start(len(image))], [self._alone], [(image, 1)], keep=True)
+        return QueryStates(states[0].unflatten(0, (-1, self.num_queries)), kept)
 
     def text(self, texts: TextBatch) -> Tensor:
         """Texts alone, every token seeing all others: padded states [B,T,D], zeros at padding."""
-        text, mask = Text(self._embed(texts), texts), _padding(texts)
-        for layer in self.layers:
-            text = Text(layer.text(text, mask)[0], texts)
-        return texts.unpack(text.states)
+        return texts.unpack(self._run(self._embed(texts), [Part(texts, (0,), mask=_padding(texts))])[0][0])
 
     def first_text_state(self, texts: TextBatch) -> Tensor:
         """The last state of each text's first token ([CLS]) as `text` gives it, [B,D]."""
-        text, mask = Text(self._embed(texts), texts), _padding(texts)
-        for layer in self.layers[:-1]:
-            text = Text(layer.text(text, mask)[0], texts)
-        return self.layers[-1].text(text, mask, first_only=True)[0]
+        return self._run(self._embed(texts), [Part(texts, (0,), mask=_padding(texts), read="first")])[0][0]
+
+    def apart(
+        self, image: ImageKeysValues, texts: TextBatch, said: TextBatch, slots: Sequence[int]
+    ) -> tuple[QueryStates, Tensor, Tensor]:
+        """`queries`, `first_text_state` of `texts` and `causal` of `said` in one pass, whose large products they share.
+
+        said: texts behind the queries, text i behind those of image `slots[i]`.
+        """
+        behind = Part(said, (0, 2), mask=self._past(said), slots=torch.tensor(slots, device=said.ids.device))
+        parts = [self._alone, Part(texts, (1,), mask=_padding(texts), read="first"), behind]
+        start = [self._start(len(image)), *self._embed(texts, said)]
+        (states, first, words), kept = self._run(start, parts, [(image, 1)], keep=True)
+        return QueryStates(states.unflatten(0, (-1, self.num_queries)), kept), first, words
 
     def joint(self, image: ImageKeysValues, texts: TextBatch) -> Tensor:
         """Queries and texts that see each other in both directions: the queries' states [P,Q,D].
@@ -140,7 +181,7 @@ class QFormer(nn.Module):
         P texts, a multiple m of the images; texts m*i to m*i+m-1 go with image i. InstructBLIP's instruction-aware
         queries (Dai et al. 2023, section 2.3) are this with the instruction as text.
         """
-        return self._joint(self._alike(image, texts), texts, self._joint_mask(texts), text_output=False)[0]
+        return self._joint(self._alike(image, texts), texts)[0]
 
     def pairs(self, image: ImageKeysValues, slots: Sequence[int], texts: TextBatch) -> Tensor:
         """As `joint` for any pairs: text i goes with the image of number `slots[i]`. The queries' states [P,Q,D].
@@ -152,12 +193,10 @@ class QFormer(nn.Module):
         images = sorted(counts, key=lambda slot: (counts[slot], slot))
         place = {slot: number for number, slot in enumerate(images)}
         order = sorted(range(len(slots)), key=lambda i: place[slots[i]])
-        groups = []
-        for each, group in groupby(images, key=lambda slot: counts[slot]):
-            own = list(group)
-            groups.append((image if own == list(range(len(image))) else image.select(own), each))
+        alike = Counter(counts[slot] for slot in images)  # texts of an image -> how many images have as many
+        groups = list(zip(image.select(images).split(list(alike.values())), alike))
         asked = texts if order == list(range(len(slots))) else texts.select(order)
-        states = self._joint(groups, asked, self._joint_mask(asked), text_output=False)[0]
+        states = self._joint(groups, asked)[0]
         if asked is texts:
             return states
         back = torch.empty(len(order), dtype=torch.long)
@@ -171,22 +210,16 @@ class QFormer(nn.Module):
 
         mask: who sees whom, [P or 1, 1, Q+T, Q+T] over queries and then text; by default all but padding.
         """
-        mask = self._joint_mask(texts) if mask is None else mask
         queries, text = self._joint(self._alike(image, texts), texts, mask, text_output=True)
-        return queries, texts.unpack(text.states)
+        return queries, texts.unpack(text)
 
     def causal(self, queries: QueryStates, texts: TextBatch) -> Tensor:
         """Texts behind the queries, each token seeing all queries and the text up to itself: packed states [N,D].
 
         The queries' keys and values are those of `queries`, with gradient; text i goes with image i.
         """
-        length, device = texts.ids.shape[1], texts.ids.device
-        past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        mask = F.pad(past, (self.num_queries, 0), value=True)[None, None]  # [1, 1, T, Q + T]
-        text = Text(self._embed(texts), texts)
-        for layer, prefix in zip(self.layers, queries.keys_values):
-            text = Text(layer.text(text, mask, prefix)[0], texts)
-        return text.states
+        part = Part(texts, (0,), mask=self._past(texts))
+        return self._run(self._embed(texts), [part], prefixes=queries.keys_values)[0][0]
 
     def next_states(
         self, ids: Tensor, position: int, prefixes: Sequence[KeysValues]
@@ -197,13 +230,8 @@ class QFormer(nn.Module):
         of the text so far.
         """
         batch = TextBatch(ids[:, None], (1,) * len(ids))
-        text = Text(self._embed(batch, position), batch)
-        kept = []
-        for layer, prefix in zip(self.layers, prefixes):
-            states, keys_values = layer.text(text, None, prefix)
-            text = Text(states, batch)
-            kept.append(keys_values)
-        return text.states, kept
+        states, kept = self._run(self._embed(batch, start=position), [Part(batch, (0,))], prefixes=prefixes, keep=True)
+        return states[0], list(kept)
 
     def _alike(self, image: ImageKeysValues, texts: TextBatch) -> list[tuple[ImageKeysValues, int]]:
         """Images with the same number of texts each."""
@@ -211,37 +239,78 @@ class QFormer(nn.Module):
             raise VlmError(f"Q-Former: {len(texts)} texts for {len(image)} images; expected a multiple of them")
         return [(image, len(texts) // len(image))]
 
+    @property
+    def _alone(self) -> Part:
+        """Queries that see themselves."""
+        return Part(Rows(self.num_queries), (0,), queries=True)
+
     def _joint(
-        self, groups: Sequence[tuple[ImageKeysValues, int]], texts: TextBatch, mask: Tensor | None, text_output: bool
-    ) -> tuple[Tensor, Text]:
-        """groups: images, and how many texts each of them has."""
-        states, text = self._start(len(texts)), Text(self._embed(texts), texts)
+        self,
+        groups: Sequence[tuple[ImageKeysValues, int]],
+        texts: TextBatch,
+        mask: Tensor | None = None,
+        text_output: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """States of queries [P,Q,D], and of texts [N,D] where wanted.
+
+        groups: images, and how many texts each of them has. mask: as in `joint_with_text`.
+        """
+        count = self.num_queries
+        if mask is None and texts.padded:
+            mask = F.pad(texts.mask, (count, 0), value=True)[:, None, None]  # [P, 1, 1, Q + T]
+        masks = [mask, mask] if mask is None or mask.shape[2] == 1 else [mask[:, :, :count], mask[:, :, count:]]
+        parts = [
+            Part(Rows(count), (0, 1), queries=True, mask=masks[0]),
+            Part(texts, (0, 1), mask=masks[1], read="all" if text_output else "none"),
+        ]
+        states, _ = self._run([self._start(len(texts)), *self._embed(texts)], parts, groups)
+        return states[0].unflatten(0, (-1, count)), states[-1]
+
+    def _run(
+        self,
+        states: list[Tensor],
+        parts: Sequence[Part],
+        groups: Sequence[tuple[ImageKeysValues, int]] = (),
+        prefixes: Sequence[KeysValues] | None = None,
+        keep: bool = False,
+    ) -> tuple[list[Tensor], tuple[KeysValues, ...]]:
+        """All layers over packed states [N,D] of each part; with `keep`, the first part's keys and values in each.
+
+        groups: images, and how many texts each of them has. prefixes: what all see in front of their own in each layer.
+        """
+        kept = []
         for number, layer in enumerate(self.layers):
-            last = number == len(self.layers) - 1
             seen = [(*kv, each) for image, each in groups if (kv := image.layers[number]) is not None]
-            states, text = layer.joint(states, text, seen, mask, text_output or not last)
-        return states, text
+            prefix = prefixes[number] if prefixes is not None else None
+            states, keys_values = layer(states, parts, seen, prefix, last=number == len(self.layers) - 1)
+            if keep:
+                kept.append(keys_values[0])
+        return states, tuple(kept)
 
     def _start(self, count: int) -> Tensor:
-        """Embedded queries: [1,Q,D], or [count,Q,D] where dropout makes them differ."""
+        """Embedded queries, packed: [Q,D], or [count*Q,D] where dropout makes them differ."""
         states = self.norm(self.query_tokens)
         if self.training and self.sizes.dropout:
-            states = F.dropout(states.expand(count, -1, -1), self.sizes.dropout)
-        return states
+            states = dropout(states.expand(count, -1, -1), self.sizes.dropout)
+        return states.flatten(0, 1)
 
-    def _embed(self, texts: TextBatch, start: int = 0) -> Tensor:
-        """Embedded texts, packed [N,D]."""
+    def _embed(self, *texts: TextBatch, start: int = 0) -> list[Tensor]:
+        """Embedded texts of each batch, packed [N,D]."""
         if self.embeddings is None:
             raise VlmError("this Q-Former was built without its text side, which only stage 2 can do without")
-        if start + texts.ids.shape[1] > self.sizes.positions:
-            raise VlmError(f"Q-Former: a text of {start + texts.ids.shape[1]} tokens; it takes {self.sizes.positions}")
-        states = self.norm(self.embeddings(texts.pack(texts.ids), texts.positions + start))
-        return F.dropout(states, self.sizes.dropout, self.training)
+        longest = start + max(batch.ids.shape[1] for batch in texts)
+        if longest > self.sizes.positions:
+            raise VlmError(f"Q-Former: a text of {longest} tokens; it takes {self.sizes.positions}")
+        ids = [batch.pack(batch.ids) for batch in texts]
+        states = self.norm(self.embeddings(torch.cat(ids), torch.cat([batch.positions for batch in texts]) + start))
+        states = dropout(states, self.sizes.dropout if self.training else 0.0)
+        return list(states.split([len(x) for x in ids]))
 
-    def _joint_mask(self, texts: TextBatch) -> Tensor | None:
-        if not texts.padded:
-            return None
-        return F.pad(texts.mask, (self.num_queries, 0), value=True)[:, None, None]  # [P, 1, 1, Q + T]
+    def _past(self, texts: TextBatch) -> Tensor:
+        """Who sees whom where texts stand behind the queries: [1,1,T,Q+T]."""
+        length = texts.ids.shape[1]
+        past = torch.ones(length, length, dtype=torch.bool, device=texts.ids.device).tril()
+        return F.pad(past, (self.num_queries, 0), value=True)[None, None]
 
 
 def _padding(texts: TextBatch) -> Tensor | None:

@@ -1,14 +1,16 @@
 """The Q-Former's layer: BERT's, with cross-attention to the image and a feed-forward net each for queries and texts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.bridges.dropout import add_dropped, attention_with_dropout
 from vlm.data.text_batch import TextBatch
+from vlm.data.unique_rows import take_rows
 
 NORM_EPS = 1e-12  # BERT's
 
@@ -43,6 +45,48 @@ class QFormerSizes:
         return layer % self.cross_attention_every == 0
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Sets of as many rows each, packed [B*count,D] or in their places [B,count,D], as `TextBatch` is of texts."""
+
+    count: int
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B,count,...] to [B*count,...]."""
+        return padded.flatten(0, 1)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[B*count,...] to [B,count,...]."""
+        return packed.unflatten(0, (-1, self.count))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries or texts that take part in a pass over the layers, where the rows of all parts share linear layers.
+
+    layout: between packed rows [N,D], which go through linear layers, and padded ones, which attend. sees: the parts
+    whose keys and values it attends to, in their order. queries: whether its rows look at the image. mask: True where
+    it sees a key, [B or 1,1,S or 1,K]. slots: whose queries each text sees [B]; those of image i by default.
+    read: what is read behind the last layer: every row, the first of each text, or nothing.
+    """
+
+    layout: Rows | TextBatch
+    sees: tuple[int, ...]
+    queries: bool = False
+    mask: Tensor | None = None
+    slots: Tensor | None = None
+    read: Literal["all", "first", "none"] = "all"
+
+    def end(self, states: Tensor) -> "tuple[Part, Tensor] | None":
+        """What is read of states [N,D] behind the last layer, None for nothing."""
+        if self.read == "none":
+            return None
+        if self.read == "all" or isinstance(self.layout, Rows):
+            return self, states
+        mask = None if self.mask is None else self.mask[:, :, :1]
+        return replace(self, layout=Rows(1), mask=mask), take_rows(states, self.layout.starts)
+
+
 class Attention(nn.Module):
     """BERT's attention block: attention, output projection, residual, norm. width_in: of what keys and values see."""
 
@@ -71,27 +115,14 @@ class Attention(nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         if dropout and queries.device.type == "cpu":
-            attended = _attention_with_dropout(queries, keys, values, mask, dropout)
+            attended = attention_with_dropout(queries, keys, values, mask, dropout)
         else:
             attended = F.scaled_dot_product_attention(queries, keys, values, mask, dropout)
         return attended.transpose(1, 2).flatten(2)
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         """Output projection, dropout, residual and norm."""
-        return self.norm(residual + F.dropout(self.output(attended), self.dropout, self.training))
-
-
-def _attention_with_dropout(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    """What torch's attention does on a CPU, which has no fused kernel with dropout, in fewer passes over the scores.
-
-    Every query must see a key.
-    """
-    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)  # [B, h, S, K]
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return F.dropout(scores.softmax(-1), dropout) @ values
+        return self.norm(add_dropped(residual, self.output(attended), self.dropout if self.training else 0.0))
 
 
 class FeedForward(nn.Module):
@@ -105,19 +136,12 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.norm(states + F.dropout(self.down(F.gelu(self.up(states))), self.dropout, self.training))
-
-
-@dataclass(frozen=True)
-class Text:
-    """A layer's text states: packed [N,D], and the batch they belong to."""
-
-    states: Tensor
-    batch: TextBatch
+        dropout = self.dropout if self.training else 0.0
+        return self.norm(add_dropped(states, self.down(F.gelu(self.up(states))), dropout))
 
 
 class QFormerLayer(nn.Module):
-    """One layer. Which parts of it run depends on what is given; only query positions look at the image.
+    """One layer over any parts: only queries look at the image, and queries and texts have a feed-forward net each.
 
     Li et al. 2023 (BLIP-2), section 3.1.
     """
@@ -132,80 +156,56 @@ class QFormerLayer(nn.Module):
         self.query_ffn = FeedForward(width, sizes.ffn, dropout)
         self.text_ffn = FeedForward(width, sizes.ffn, dropout) if sizes.vocabulary else None
 
-    def forward(self, queries: Tensor, image: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        """Queries [B,Q,D] alone, and the keys and values that texts may see.
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        parts: Sequence[Part],
+        image: Looks | None = None,
+        prefix: KeysValues | None = None,
+        last: bool = False,
+    ) -> tuple[list[Tensor], list[KeysValues]]:
+        """Packed states [N,D] of every part to its states behind this layer, and each part's keys and values.
 
-        image: keys and values of B images, where this layer looks at them. Queries may still be [1,Q,D], the same for
-        all images, until then.
+        Queries, if any, are the first part; theirs may be [Q,D], the same for all images, until they differ.
+        image: groups of images, each with the number m of texts that every image of the group has: the first queries go
+        with the first group, of them the first m with its first image, and so on.
+        prefix: keys and values that every part sees in front of its own. last: give what is read behind the last layer.
         """
         attention = self.self_attention
-        keys, values = attention.keys_values(queries)
-        attended = attention.attend(attention.split(attention.query(queries)), keys, values)
-        states = self._look(attention.finish(attended, queries), image and [(*image, 1)])
-        return self.query_ffn(states), (keys, values)
-
-    def joint(
-        self, queries: Tensor, text: Text, image: Looks | None, mask: Tensor | None, text_output: bool = True
-    ) -> tuple[Tensor, Text]:
-        """Queries [P,Q,D] (or [1,Q,D], the same for all) and P texts, which see each other as `mask` says.
-
-        mask: [P or 1, 1, Q+T, Q+T], True where a row sees a column; without `text_output` only the first Q rows of it
-        count, and the text's states stay as they were, for nobody reads them behind the last layer.
-        image: groups of images, each with the number m of texts that every image of the group has: the first texts go
-        with the first group, of them the first m with its first image, and so on.
-        """
-        attention, batch = self.self_attention, text.batch
-        pairs, count = len(batch), queries.shape[1]
-        # Queries and texts go through a projection as rows of one product.
-        rows = torch.cat([queries.flatten(0, 1), text.states])  # [P * Q + N, D], or [Q + N, D]
-
-        def project(layer: nn.Linear) -> Tensor:
-            of_queries, of_text = layer(rows).tensor_split([len(rows) - len(text.states)])
-            split = attention.split(of_queries.unflatten(0, (-1, count))).expand(pairs, -1, -1, -1)
-            return torch.cat([split, attention.split(batch.unpack(of_text))], 2)  # [P, h, Q + T, d]
-
-        keys, values = project(attention.key), project(attention.value)
-        if not text_output:
-            q = attention.split(attention.query(queries)).expand(pairs, -1, -1, -1)
-            attended = attention.attend(q, keys, values, mask if mask is None else mask[:, :, :count])  # [P, Q, D]
-            return self.query_ffn(self._look(attention.finish(attended, queries), image)), text
-        attended = attention.attend(project(attention.query), keys, values, mask)  # [P, Q + T, D]
-        if len(queries) < pairs:
-            rows = torch.cat([queries.expand(pairs, -1, -1).flatten(0, 1), text.states])
-        attended = torch.cat([attended[:, :count].flatten(0, 1), batch.pack(attended[:, count:])])
-        states, own = attention.finish(attended, rows).tensor_split([pairs * count])
-        states = self.query_ffn(self._look(states.unflatten(0, (pairs, count)), image))
-        return states, Text(self._text_ffn(own), batch)
-
-    def text(
-        self,
-        text: Text,
-        mask: Tensor | None,
-        prefix: KeysValues | None = None,
-        first_only: bool = False,
-    ) -> tuple[Tensor, KeysValues]:
-        """Texts alone, or behind the keys and values of queries (`prefix`): packed states [N,D], their keys and values.
-
-        mask: [B or 1, 1, T, (Q+)T]. first_only: only the states of each text's first token, [B,D].
-        """
-        attention, batch = self.self_attention, text.batch
-        own_keys, own_values = (
-            attention.split(batch.unpack(layer(text.states))) for layer in (attention.key, attention.value)
+        rows, sizes = _join(states), [len(x) for x in states]
+        keys, values = (
+            [attention.split(part.layout.unpack(x)) for part, x in zip(parts, layer(rows).split(sizes))]
+            for layer in (attention.key, attention.value)
         )
-        keys, values = own_keys, own_values
-        if prefix is not None:
-            keys, values = (
-                torch.cat([before.expand(len(batch), -1, -1, -1), own], 2)
-                for before, own in zip(prefix, (own_keys, own_values))
-            )
-        if first_only:
-            states = batch.unpack(text.states)[:, :1]  # [B, 1, D]
-            q = attention.split(attention.query(states))
-            attended = attention.attend(q, keys, values, mask if mask is None else mask[:, :, :1])
-            return self._text_ffn(attention.finish(attended, states)[:, 0]), (own_keys, own_values)
-        q = attention.split(batch.unpack(attention.query(text.states)))
-        attended = batch.pack(attention.attend(q, keys, values, mask))
-        return self._text_ffn(attention.finish(attended, text.states)), (own_keys, own_values)
+        kept = list(zip(keys, values))
+        asking = list(zip(parts, states))
+        if last and any(part.read != "all" for part in parts):
+            asking = [end for part, x in asking if (end := part.end(x))]
+            rows = _join([x for _, x in asking])
+        attended, residuals = [], []
+        for (part, x), own in zip(asking, attention.query(rows).split([len(x) for _, x in asking])):
+            seen_keys, seen_values = _seen(part, parts, kept, prefix)
+            count = len(seen_keys)
+            heads = attention.split(part.layout.unpack(own)).expand(count, -1, -1, -1)  # [B, h, S, d]
+            attended.append(part.layout.pack(attention.attend(heads, seen_keys, seen_values, part.mask)))
+            if len(x) < len(attended[-1]):  # queries that were alike until now
+                x = x.expand(count, -1, -1).flatten(0, 1)
+            residuals.append(x)
+        if any(x is not before for x, (_, before) in zip(residuals, asking)):
+            rows = _join(residuals)
+        rows = attention.finish(_join(attended), rows)
+        if not asking[0][0].queries:
+            return self._read_texts(rows, attended), kept
+        queries, texts = rows.split([len(attended[0]), len(rows) - len(attended[0])])
+        states = self.query_ffn(self._look(asking[0][0].layout.unpack(queries), image)).flatten(0, 1)
+        return [states, *self._read_texts(texts, attended[1:])], kept
+
+    def _read_texts(self, rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """The feed-forward net of texts over all of their rows, split as `like` is."""
+        if not like:
+            return []
+        assert self.text_ffn is not None
+        return list(self.text_ffn(rows).split([len(x) for x in like]))
 
     def _look(self, queries: Tensor, image: Looks | None) -> Tensor:
         """Cross-attention to images, [P,Q,D]: queries [P,Q,D] in the order of the images' texts, or [1,Q,D] for all."""
@@ -222,8 +222,23 @@ class QFormerLayer(nn.Module):
                 part = part.unflatten(0, (len(keys), each)).transpose(1, 2).flatten(2, 3)  # [B, h, m * Q, d]
             attended = attention.attend(part, keys, values)  # [B, m * Q, D]
             parts.append(attended.reshape(len(part) * each, -1, attended.shape[-1]))
-        return attention.finish(torch.cat(parts) if len(parts) > 1 else parts[0], queries)
+        return attention.finish(_join(parts), queries)
 
-    def _text_ffn(self, states: Tensor) -> Tensor:
-        assert self.text_ffn is not None
-        return self.text_ffn(states)
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _seen(part: Part, parts: Sequence[Part], kept: Sequence[KeysValues], prefix: KeysValues | None) -> KeysValues:
+    """Keys and values of all that a part sees [B,h,K,d]."""
+    chosen = [] if prefix is None else [prefix]
+    for number in part.sees:
+        keys, values = kept[number]
+        if part.slots is not None and parts[number].queries and len(keys) > 1:
+            keys, values = keys.index_select(0, part.slots), values.index_select(0, part.slots)
+        chosen.append((keys, values))
+    if len(chosen) == 1:
+        return chosen[0]
+    count = max(len(keys) for keys, _ in chosen)
+    keys, values = (torch.cat([pair[side].expand(count, -1, -1, -1) for pair in chosen], 2) for side in (0, 1))
+    return keys, values

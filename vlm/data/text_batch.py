@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from vlm.data.unique_rows import put_rows, take_rows
 from vlm.errors import VlmError
 
 
@@ -93,6 +95,11 @@ class TextBatch:
         return torch.tensor(places, dtype=torch.long, device=self.ids.device)
 
     @cached_property
+    def starts(self) -> Tensor:
+        """Where each text begins in the packed batch [B]."""
+        return torch.tensor([0, *accumulate(self.lengths)][:-1], dtype=torch.long, device=self.ids.device)
+
+    @cached_property
     def positions(self) -> Tensor:
         """Place of each real token in its text, from 0 [N]."""
         return self.places % self.ids.shape[1]
@@ -100,11 +107,10 @@ class TextBatch:
     def pack(self, padded: Tensor) -> Tensor:
         """Rows [B,T,...] of the real tokens alone [N,...]."""
         flat = padded.flatten(0, 1)
-        return flat[self.places] if self.padded else flat
+        return take_rows(flat, self.places) if self.padded else flat
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Rows [N,...] of real tokens in their places [B,T,...], zeros elsewhere."""
         if not self.padded:
             return packed.unflatten(0, tuple(self.ids.shape))
-        flat = packed.new_zeros(self.ids.numel(), *packed.shape[1:])
-        return flat.index_copy(0, self.places, packed).unflatten(0, tuple(self.ids.shape))
+        return put_rows(packed, self.places, self.ids.numel()).unflatten(0, tuple(self.ids.shape))

@@ -22,6 +22,7 @@ from vlm.errors import UnsupportedTask, VlmError
 from vlm.model_spec import QFormerSpec
 from vlm.models.freezing import set_mode
 from vlm.models.generation_arguments import check_generation
+from vlm.models.qformer_operations import stage1_operations
 from vlm.models.tasks import TaskModel
 from vlm.objectives.itm import NONE
 from vlm.objectives.matching import HardNegatives
@@ -108,7 +109,16 @@ class QFormerModel(TaskModel):
 
     def read_queries(self, read: ReadOuts) -> QueryStates:
         """The queries alone, about each unique picture [U]."""
-        return self.bridge.queries(read("image"))
+        return read("apart")[0] if self._in_one(read) else self.bridge.queries(read("image"))
+
+    def read_apart(self, read: ReadOuts) -> tuple[QueryStates, Tensor, Tensor]:
+        """Queries alone, texts' [CLS] states [b,D] and label states [n,D], in one pass."""
+        texts: TextBatch = read("texts")
+        said, slots = texts.with_first(self.tokenizer.start).without_last(), read.batch.image_index.tolist()
+        return self.bridge.apart(read("image"), texts, said, slots)
+
+    def _in_one(self, read: ReadOuts) -> bool:
+        return {"pairs", "label_states"} <= read.expected
 
     def read_pairs(self, read: ReadOuts) -> tuple[Tensor, Tensor]:
         """Unit-length embeddings, image [b,Q,E] and text [b,E]."""
@@ -116,12 +126,15 @@ class QFormerModel(TaskModel):
             # Through the heads, so that gradients of all processes meet here as well.
             none = torch.zeros(0, self.bridge.num_queries, self.bridge.width, device=self.device)
             return self.heads.embed_queries(none), self.heads.embed_text(none[:, 0])
-        image = self.heads.embed_queries(read("queries").states)
-        return image[read.batch.image_index], self.heads.embed_text(self.bridge.first_text_state(read("texts")))
+        image = self.heads.embed_queries(read("queries").states).index_select(0, read.batch.image_index)
+        first = read("apart")[1] if self._in_one(read) else self.bridge.first_text_state(read("texts"))
+        return image, self.heads.embed_text(first)
 
     def read_label_states(self, read: ReadOuts) -> tuple[Tensor, Tensor]:
         """States [n,D] of texts behind their picture's queries, and the token that follows each [n]."""
         texts: TextBatch = read("texts")
+        if self._in_one(read):
+            return read("apart")[2], texts.next_tokens()
         queries: QueryStates = read("queries")
         index = read.batch.image_index.tolist()
         if index != list(range(len(queries.states))):
@@ -181,14 +194,10 @@ class QFormerModel(TaskModel):
 
     def operations(self, batch: PairBatch) -> float:
         """Matrix operations of a training step of all three objectives; a frozen image encoder counts as nothing."""
-        sizes, texts, tokens = self.bridge.sizes, len(batch), batch.num_tokens
-        looking = sum(map(sizes.looks_at_image, range(sizes.layers)))
-        block = sizes.layers * (4 * sizes.width**2 + 2 * sizes.width * sizes.ffn)  # multiplications a token
-        query = block + looking * 2 * sizes.width**2
         images = 0 if batch.image_inputs is None else len(batch.image_inputs)
-        seen = looking * 2 * sizes.width * sizes.image_width * self.image_encoder.num_tokens
-        passes = images * (seen + sizes.num_queries * query) + 3 * texts * sizes.num_queries * query
-        return 6.0 * (passes + 5 * tokens * block + batch.num_targets * sizes.width * sizes.vocabulary)
+        return stage1_operations(
+            self.bridge.sizes, self.image_encoder.num_tokens, images, len(batch), batch.num_tokens, self._encoder_learns
+        )
 
     # ---- pictures to keys and values -------------------------------------------------------------------------------
 
@@ -200,9 +209,12 @@ class QFormerModel(TaskModel):
         """Keys and values of pixels [U,3,H,W] or of image tokens [U,N,D]; the encoder without gradient where frozen."""
         return self.bridge.image(self._tokens(inputs) if inputs.ndim == 4 else inputs)
 
+    @property
+    def _encoder_learns(self) -> bool:
+        return any(p.requires_grad for p in self.image_encoder.parameters())
+
     def _tokens(self, pixels: Tensor) -> Tensor:
-        learns = any(p.requires_grad for p in self.image_encoder.parameters())
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self._encoder_learns and torch.is_grad_enabled()):
             return self.image_encoder(pixels).tokens
 
     def see(self, images: Sequence[Any]) -> ImageKeysValues:

@@ -13,12 +13,17 @@ from vlm.objectives.objective import Objective, Pairs, ReadOuts
 __all__ = ["OBJECTIVES", "Objective", "Pairs", "ReadOuts"]
 
 OBJECTIVES: dict[str, Objective] = {
-    "lm": Objective(lm_count, lm_loss, needs=("read_label_states",), reports=("token_accuracy",)),
+    "lm": Objective(lm_count, lm_loss, reads=("label_states",), reports=("token_accuracy",)),
     "itm": Objective(
-        count_pairs, match_loss, prepare=find_negatives, needs=("read_pairs", "match_logits"), reports=("itm_accuracy",)
+        count_pairs,
+        match_loss,
+        prepare=find_negatives,
+        needs=("match_logits",),
+        reads=("pairs",),
+        reports=("itm_accuracy",),
     ),
-    "itc": Objective(count_pairs, compare=compare_softmax, needs=("read_pairs",), reports=("logit_scale",)),
+    "itc": Objective(count_pairs, compare=compare_softmax, reads=("pairs",), reports=("logit_scale",)),
     "sigmoid_itc": Objective(
-        count_pairs, compare=compare_sigmoid, needs=("read_pairs", "bridge.logit_bias"), reports=("logit_scale",)
+        count_pairs, compare=compare_sigmoid, needs=("bridge.logit_bias",), reads=("pairs",), reports=("logit_scale",)
     ),
 }

@@ -48,12 +48,14 @@ class ReadOuts:
 
     A read-out NAME is the model's method `read_NAME(read)`, which may ask for others in turn.
     prepared: objective's name -> what its `prepare` returned. rows: where the batch lies in this process's pairs.
+    expected: read-outs that will be asked for, so that a model may compute some of them together.
     """
 
     model: Any
     batch: Any
     prepared: Mapping[str, Any] = field(default_factory=dict)
     rows: slice = field(default_factory=lambda: slice(None))
+    expected: frozenset[str] = frozenset()
     _known: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, name: str) -> Any:
@@ -75,7 +77,8 @@ class Objective:
     of the global batch, with gradients across processes. Called once a step whatever the micro-batches.
     prepare: (model, all pairs without gradient, this process's batches, its part of the recipe) -> what `loss` finds in
     `read.prepared`; called once a step on every process, so it may communicate.
-    needs: what a model must have for it, as dotted attributes. reports: the names that are reported beside the loss.
+    needs: what a model must have for it, as dotted attributes. reads: the read-outs that it asks for.
+    reports: the names that are reported beside the loss.
     """
 
     count: Callable[[Any], int]
@@ -83,11 +86,12 @@ class Objective:
     compare: Callable[[Any, Pairs, ObjectiveSpec], Loss] | None = None
     prepare: Callable[[Any, Pairs, Sequence[Any], ObjectiveSpec], Any] | None = None
     needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     reports: tuple[str, ...] = ()
 
     def suits(self, model: Any) -> bool:
         """Whether the model has what the objective needs."""
-        return all(_has(model, name) for name in self.needs)
+        return all(_has(model, name) for name in (*self.needs, *(f"read_{name}" for name in self.reads)))
 
     @property
     def needs_pairs(self) -> bool:

@@ -92,7 +92,8 @@ class Task(nn.Module):
         """
         if batch is None:
             return self._nothing(), {}
-        read = ReadOuts(self.model, batch)
+        # What a first pass drew has to be drawn again, so nothing joins the embeddings then.
+        read = ReadOuts(self.model, batch, expected=frozenset() if first else self._reads(batch, counts))
         losses: list[Tensor] = []
         report: Report = {}
         if self.needs_pairs:
@@ -123,6 +124,13 @@ class Task(nn.Module):
         partial = batch.image_inputs is None or (self.needs_pairs and not len(batch))
         total = sum(losses[1:], start=losses[0]) + (self._nothing() if partial else 0.0)
         return total, {"loss": value, **report}
+
+    def _reads(self, batch: Any, counts: Tensor) -> frozenset[str]:
+        """The read-outs that the objectives will ask of a batch."""
+        pairs = zip(self.objectives, counts.tolist())
+        return frozenset(
+            n for (_, objective), total in pairs if total and objective.count(batch) for n in objective.reads
+        )
 
     def _nothing(self) -> Tensor:
         """Zero in which every trained parameter takes part, also those that a batch without a picture leaves out:
