@@ -113,6 +113,26 @@ def test_texts_behind_the_queries(bundle: Bundle, parts: tuple[QFormer, QFormerH
     close(heads.words(states, bridge.embeddings.words.weight), want["lm_logits"][:, :width][texts.mask])
 
 
+def test_features_and_matches_of_whole_texts(bundle: Bundle, parts: tuple[QFormer, QFormerHeads]) -> None:
+    """LAVIS' `extract_features` on texts that are not cut, its Blip2ITM, and every picture with several texts."""
+    bridge, heads = parts
+    want, image = bundle.expected, bridge.image(bundle.inputs["image_tokens"])
+    whole = TextBatch.from_mask(bundle.inputs["rerank_input_ids"], bundle.inputs["rerank_attention_mask"])
+    texts = whole.select(range(len(image)))
+    close(heads.embed_queries(bridge.queries(image).states), want["extract_image_embeds_proj"])
+    close(heads.embed_text(bridge.text(texts))[texts.mask], want["extract_text_embeds_proj"][texts.mask])
+    close(bridge.joint(image, texts), want["extract_multimodal_embeds"])
+    cut = bundle.texts
+    close(heads.match_logits(bridge.joint(image, cut)), want["blip2itm_itm_logits"])
+    points = heads.embed_queries(bridge.queries(image).states)
+    cosines = query_similarity(points, heads.embed_text(bridge.first_text_state(cut)))
+    close(cosines.diagonal()[:, None], want["blip2itm_itc"])
+    rows, columns = want["itm_grid_4x4"].shape
+    slots = [row for row in range(rows) for _ in range(columns)]
+    logits = heads.match_logits(bridge.pairs(image, slots, cut.select(list(range(columns)) * rows)))
+    close(logits[:, 1].view(rows, columns), want["itm_grid_4x4"])
+
+
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 LOSSES, GRADIENTS = 5e-6, 1e-3
@@ -191,6 +211,21 @@ def test_losses_and_gradients(bundle: Bundle) -> None:
             assert found[key].norm().item() == pytest.approx(norm, rel=GRADIENTS), key
             compared += 1
     assert compared > 50
+
+
+def test_gradients_of_each_loss_alone(bundle: Bundle) -> None:
+    bridge, heads = bundle.qformer()
+    parameters = {f"bridge.{n}": p for n, p in bridge.named_parameters()}
+    parameters |= {f"heads.{n}": p for n, p in heads.named_parameters()}
+    losses = losses_of(bundle, bridge, heads)
+    for name, told in bundle.expected_json["grad_norms_by_loss_full"].items():
+        gradients = torch.autograd.grad(losses[name], list(parameters.values()), retain_graph=True, allow_unused=True)
+        found = to_lavis({key: g for key, g in zip(parameters, gradients) if g is not None})
+        for key, norm in told.items():
+            assert (found[key].norm().item() if key in found else 0.0) == pytest.approx(norm, rel=GRADIENTS), (
+                name,
+                key,
+            )
 
 
 def test_contrast_that_knows_which_pictures_are_the_same(bundle: Bundle) -> None:
