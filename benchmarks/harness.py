@@ -38,6 +38,8 @@ class Case:
     may need. measure_memory: also without a target. check: given what the two steps returned, raises if they differ.
     operations: given our step, the floating-point operations of its matrix products, for their share of the machine's
     peak, which is meant to be at least peak_target.
+    repeats: turns of each side behind a first one, which warms up and is checked; 0: that first one is timed, for steps
+    so long that nothing else counts.
     A step that has a `pid` runs in that process, which is weighed instead of this one.
     """
 
@@ -93,13 +95,15 @@ def main(cases: Mapping[str, Case], packages: Sequence[str] = ()) -> None:
 
 def _run(case: Case, repeats: int | None) -> dict[str, Any]:
     ours, theirs = case.ours(), case.theirs()
-    results = ours(), theirs()  # also warms both up
+    first: tuple[list[float], list[float]] = ([], [])
+    results = [_timed(step, into) for step, into in zip((ours, theirs), first)]  # also warms both up
     if case.check is not None:
         case.check(*results)
     del results
     if case.operations:
         _matmul_peak()
-    times = take_turns(ours, theirs, repeats or case.repeats)
+    turns = case.repeats if repeats is None else repeats
+    times = take_turns(ours, theirs, turns) if turns else first
     seconds = {"ours": median(times[0]), "theirs": median(times[1])}
     extra: dict[str, Any] = {}
     if case.operations:
@@ -123,10 +127,15 @@ def take_turns(ours: Step, theirs: Step, repeats: int) -> tuple[list[float], lis
     for turn in range(repeats):
         sides = [(ours, times[0]), (theirs, times[1])]
         for step, into in sides if turn % 2 == 0 else reversed(sides):
-            start = time.perf_counter()
-            step()
-            into.append(time.perf_counter() - start)
+            _timed(step, into)
     return times
+
+
+def _timed(step: Step, into: list[float]) -> Any:
+    start = time.perf_counter()
+    result = step()
+    into.append(time.perf_counter() - start)
+    return result
 
 
 def _matmul_peak() -> float:

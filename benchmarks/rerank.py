@@ -2,7 +2,8 @@
 
 The Q-Former has its published size; both sides start from image tokens and token ids or texts, and embed them as well.
 Against LAVIS 1.0.2 in its own environment: both directions, or texts for each picture alone. Texts have the lengths of
-COCO's captions, or 30 tokens each; LAVIS pads them to 35. Both sides must give the same scores.
+COCO's captions, or 30 tokens each; LAVIS pads them to 35. Both sides must give the same scores. LAVIS takes more than a
+minute for both directions, so every side runs once.
 """
 
 from typing import Any
@@ -16,8 +17,9 @@ from vlm.evaluation.reranking import OUTSIDE, Pairs, rerank, rescored
 from vlm.objectives.query_itc import query_similarity
 
 PICTURES, NEAREST = 12, 16
+CAPTIONS = "captions of 12 tokens"
 TEXTS = {
-    "captions of 12 tokens": (9, 10, 10, 11, 12, 12, 14, 18) * 3,  # COCO's: mean 12
+    CAPTIONS: (9, 10, 10, 11, 12, 12, 14, 18) * 3,  # COCO's: mean 12
     "texts of 30 tokens": (30,) * 24,
 }
 
@@ -68,7 +70,7 @@ def case(lengths: tuple[int, ...], both: bool) -> Case:
         peer="LAVIS 1.0.2",
         amount=PICTURES * NEAREST + (len(lengths) * min(NEAREST, PICTURES) if both else 0),
         unit="ranked pairs",
-        repeats=2,
+        repeats=0,
         speed_target=3.0 if both else 2.0,
         check=same,
     )
@@ -80,5 +82,6 @@ if __name__ == "__main__":
             f"{name}, {'both ways' if both else 'one way'}": case(lengths, both)
             for name, lengths in TEXTS.items()
             for both in (True, False)
+            if both or name == CAPTIONS
         }
     )

@@ -369,3 +369,46 @@ def test_parquet_is_read_or_says_what_is_missing(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), file)
     (record,) = read("url_list", file)
     assert (record.captions, record.meta["url"]) == (("second",), "http://a.org/2")
+
+
+def test_ocr_vqa_has_a_record_a_question_and_its_split(tmp_path: Path) -> None:
+    address = "http://ecx.images-amazon.com/images/I/51c.jpg"
+    book = {"imageURL": address, "title": "Mom's Plan", "genre": "Calendars", "authorName": "Sandra", "split": 1}
+    content = {
+        "761183272": {**book, "questions": ["Who wrote this?", "What is the title?"], "answers": ["Sandra", "Plan"]},
+        "1": {**book, "split": 2, "questions": ["Is this a book?"], "answers": ["Yes"]},
+        "2": {**book, "questions": ["Why?"], "answers": []},
+        "3": {**book, "split": 9, "questions": [], "answers": []},
+    }
+    file = write(tmp_path / "dataset.json", content)
+    records, broken = read_records("ocr_vqa", file, "train")
+    assert [(r.id, r.question, r.answers) for r in records] == [
+        ("761183272-0", "Who wrote this?", ("Sandra",)),
+        ("761183272-1", "What is the title?", ("Plan",)),
+    ]
+    assert {r.images for r in records} == {(str(tmp_path / "images" / "761183272.jpg"),)}
+    assert records[0].meta["title"] == "Mom's Plan"
+    assert [b.reason for b in broken] == ["1 questions and 0 answers", "`split` is 9, expected 1, 2 or 3"]
+    assert [r.id for r in read_records("ocr_vqa", file, "val")[0]] == ["1-0"]
+    with pytest.raises(VlmError, match="books by their ids"):
+        read("ocr_vqa", write(tmp_path / "list.json", []))
+
+
+def test_textcaps_has_a_record_a_picture(tmp_path: Path) -> None:
+    entries = [
+        {"image_id": "b1", "caption_str": "A sign that says stop. "},
+        {"image_id": "c2", "caption_str": "A bottle of red wine."},
+        {"image_id": "b1", "caption_str": "Stop sign."},
+        {"image_id": 3},
+    ]
+    file = write(tmp_path / "TextCaps_0.1_val.json", {"data": entries})
+    records, broken = read_records("textcaps", file, "val")
+    assert [(r.images, r.captions) for r in records] == [
+        ((str(tmp_path / "b1.jpg"),), ("A sign that says stop.", "Stop sign.")),
+        ((str(tmp_path / "c2.jpg"),), ("A bottle of red wine.",)),
+    ]
+    assert len(broken) == 1
+    (test,) = read("textcaps", write(tmp_path / "test.json", {"data": [{"image_id": "d"}]}), "test")
+    assert test.captions == ()
+    with pytest.raises(VlmError, match="a list `data`"):
+        read("textcaps", write(tmp_path / "list.json", []))

@@ -28,7 +28,10 @@ class DataSpec(Strict):
     """One source of training samples.
 
     dataset: a name under `datasets/`, a YAML file, or (with `format`) a file or folder of yours.
-    use: what to train on: `captions`, `vqa` or `conversation`; by default whatever the record holds.
+    use: what to train on: `captions`, `vqa`, `conversation`, or `questions` to given answers; by default whatever the
+    record holds.
+    prompts: the user's text in several wordings, of which one is drawn each time a sample is met; by default the
+    model's own. `<image>` marks the picture, `{question}` (or, with use: questions, `{answer}`) what is asked.
     share_image: put all questions of a picture into one sequence behind one copy of its tokens.
     weight: relative sampling weight in the mixture; by default the number of samples.
     """
@@ -37,10 +40,23 @@ class DataSpec(Strict):
     split: str = "train"
     format: str | None = None
     images: str | None = None
-    use: Literal["auto", "captions", "vqa", "conversation"] = "auto"
+    use: Literal["auto", "captions", "vqa", "conversation", "questions"] = "auto"
+    prompts: tuple[str, ...] = ()
     share_image: bool = True
     weight: float | None = Field(default=None, gt=0)
     limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _prompts_fit_use(self) -> "DataSpec":
+        wanted = {"captions": "", "vqa": "{question}", "questions": "{answer}"}
+        if self.prompts and self.use not in wanted:
+            raise ValueError(f"prompts: say what they ask for: use: {', '.join(wanted)}")
+        if self.use == "questions" and not self.prompts:
+            raise ValueError("use: questions: give `prompts` with `{answer}` in them")
+        for prompt in self.prompts:
+            if "<image>" not in prompt or wanted[self.use] not in prompt:
+                raise ValueError(f"prompts: {prompt!r} needs <image> and {wanted[self.use]}".removesuffix(" and "))
+        return self
 
 
 class DataSection(Strict):

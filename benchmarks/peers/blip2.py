@@ -82,12 +82,13 @@ class Lavis:
         python = Path(folder, "bin", "python")
         if not python.exists():
             raise SystemExit(f"LAVIS' environment is missing: bash {here / 'lavis.sh'} {folder} {sys.prefix}")
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  LAVIS is talkative: shown only where it fails
         self.process = subprocess.Popen(
             [str(python), "-W", "ignore", str(here / "lavis_side.py")],
             env={**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": str(torch.get_num_threads())},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.said,
             text=True,
         )
         self.pid = self.process.pid
@@ -107,7 +108,9 @@ class Lavis:
         self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
         if not (answer := self.process.stdout.readline()):
-            raise RuntimeError(f"LAVIS' process ended in {do!r}")
+            self.process.wait()
+            self.said.seek(0)
+            raise RuntimeError(f"LAVIS' process ended in {do!r}: {self.said.read()[-2000:]}")
         result: dict[str, Any] = json.loads(answer)
         return result
 

@@ -143,8 +143,10 @@ class Side:
             wanted = min(k, table.shape[1])
             for query, row in enumerate(table):
                 near = row.topk(wanted)
-                own = (seen[query].repeat(wanted, 1, 1), near.indices)
-                image, text = own if name == "of_images" else (seen[near.indices], torch.full((wanted,), query))
+                if name == "of_images":
+                    image, text = seen[query].repeat(wanted, 1, 1), near.indices
+                else:
+                    image, text = seen[near.indices], torch.full((wanted,), query)
                 logits = model.compute_itm(
                     image_inputs=image, text_ids=asked.input_ids[text], text_atts=asked.attention_mask[text]
                 )

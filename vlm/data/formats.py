@@ -9,14 +9,14 @@ from pathlib import Path
 from vlm.data.cifar import read_cifar
 from vlm.data.easy_vqa import read_easy_vqa, read_easy_vqa_captions
 from vlm.data.parsing import BrokenRecord, Entry
-from vlm.data.readers.caption_lists import read_captions_csv, read_captions_json, read_captions_jsonl
+from vlm.data.readers.caption_lists import read_captions_csv, read_captions_json, read_captions_jsonl, read_textcaps
 from vlm.data.readers.coco import read_coco_captions
 from vlm.data.readers.conversations import read_llava_json
 from vlm.data.readers.image_folder import read_image_folder
 from vlm.data.readers.multiple_choice import read_base64_tsv, read_scienceqa
 from vlm.data.readers.url_lists import read_url_list
 from vlm.data.readers.visual_genome import read_visual_genome
-from vlm.data.readers.vqa_others import read_aokvqa, read_gqa, read_textvqa, read_vizwiz
+from vlm.data.readers.vqa_others import read_aokvqa, read_gqa, read_ocr_vqa, read_textvqa, read_vizwiz
 from vlm.data.readers.vqa_v2 import read_vqa_v2
 from vlm.data.readers.yes_no import read_mme, read_pope
 from vlm.data.records import Record
@@ -92,6 +92,8 @@ FORMATS: dict[str, Reader] = {
     "aokvqa": read_aokvqa,
     "gqa": read_gqa,
     "textvqa": read_textvqa,
+    "ocr_vqa": read_ocr_vqa,
+    "textcaps": read_textcaps,
     "vizwiz": read_vizwiz,
     "scienceqa": read_scienceqa,
     "pope": read_pope,

@@ -1,7 +1,8 @@
 """Records become training samples: a picture (or a few) with the conversations about it."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vlm.data.records import Message, Record
@@ -11,11 +12,28 @@ from vlm.recipe import DataSpec
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one place of a batch holds: pictures by path, and one or more conversations that show them."""
+    """What one place of a batch holds: pictures by path, and one or more conversations that show them.
+
+    wordings: other texts of the user, of which one is drawn for each conversation (`DataSpec.prompts`); asked: the
+    question, or the answer, that goes into them.
+    """
 
     id: str
     images: tuple[str, ...]
     conversations: tuple[tuple[Message, ...], ...]
+    wordings: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
+
+    def worded(self, draw: int) -> "Sample":
+        """The same with the wordings that `draw` decides; its own where there are none to choose from."""
+        if not self.wordings:
+            return self
+        chosen = []
+        for number, (asked, turns) in enumerate(zip(self.asked, self.conversations)):
+            digest = hashlib.blake2b(f"{draw} {number}".encode(), digest_size=8).digest()
+            wording = self.wordings[int.from_bytes(digest, "big") % len(self.wordings)]
+            chosen.append((Message("user", _fill(wording, asked)), *turns[1:]))
+        return replace(self, conversations=tuple(chosen))
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -32,16 +50,19 @@ class Prompts(Protocol):
 
 def make_samples(records: Sequence[Record], spec: DataSpec, prompts: Prompts) -> list[Sample]:
     """Samples of records in their order; with `share_image`, one sample for all said about the same pictures."""
-    said: dict[tuple[str, ...], dict[tuple[Message, ...], str]] = {}
+    said: dict[tuple[str, ...], dict[tuple[Message, ...], tuple[str, str]]] = {}
     alone: list[Sample] = []
     for record in records:
-        for conversation in _conversations(record, spec.use, prompts):
+        for conversation, asked in _conversations(record, spec, prompts):
             if spec.share_image and record.images:
                 # A caption repeated on every question of its picture is one conversation.
-                said.setdefault(record.images, {}).setdefault(conversation, record.id)
+                said.setdefault(record.images, {}).setdefault(conversation, (record.id, asked))
             else:
-                alone.append(Sample(record.id, record.images, (conversation,)))
-    shared = [Sample(next(iter(texts.values())), images, tuple(texts)) for images, texts in said.items()]
+                alone.append(Sample(record.id, record.images, (conversation,), spec.prompts, (asked,)))
+    shared = [
+        Sample(next(iter(texts.values()))[0], images, tuple(texts), spec.prompts, tuple(a for _, a in texts.values()))
+        for images, texts in said.items()
+    ]
     return shared + alone
 
 
@@ -52,6 +73,8 @@ def caption_samples(records: Sequence[Record], spec: DataSpec) -> list[Sample]:
     """
     if spec.use not in ("auto", "captions"):
         raise VlmError(f"data.train: use: {spec.use} is for generative models; this one learns from captions")
+    if spec.prompts:
+        raise VlmError("data.train: prompts: are for generative models; this one is asked nothing")
     return [
         Sample(record.id, record.images, ((Message("assistant", caption),),))
         for record in records
@@ -68,13 +91,28 @@ def only_caption(sample: Sample) -> str:
     return sample.texts[0]
 
 
-def _conversations(record: Record, use: str, prompts: Prompts) -> list[tuple[Message, ...]]:
+def _conversations(record: Record, spec: DataSpec, prompts: Prompts) -> list[tuple[tuple[Message, ...], str]]:
+    """Conversations about a record, each with what goes into the wordings of `spec`."""
+    use = spec.use
     if use == "auto":
         use = "conversation" if record.messages else "vqa" if record.question else "captions"
     if use == "conversation" and record.messages:
-        return [record.messages]
-    if use == "vqa" and record.question and record.answers:
-        return [tuple(prompts.question_messages(record.question, record.answers[0]))]
+        return [(record.messages, "")]
+    pairs: list[tuple[str, str]] = []  # what is asked with, and what is said
     if use == "captions":
-        return [tuple(prompts.caption_messages(caption)) for caption in record.captions]
-    return []
+        pairs = [("", caption) for caption in record.captions]
+    elif use == "vqa" and record.question and record.answers:
+        pairs = [(record.question, record.answers[0])]
+    elif use == "questions" and record.question and record.answers:
+        pairs = [(record.answers[0], record.question)]
+
+    def messages(asked: str, said: str) -> tuple[Message, ...]:
+        if spec.prompts:
+            return Message("user", _fill(spec.prompts[0], asked)), Message("assistant", said)
+        return tuple(prompts.question_messages(asked, said) if use == "vqa" else prompts.caption_messages(said))
+
+    return [(messages(asked, said), asked) for asked, said in pairs]
+
+
+def _fill(wording: str, asked: str) -> str:
+    return wording.replace("{question}", asked).replace("{answer}", asked)

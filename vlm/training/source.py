@@ -123,6 +123,7 @@ class SampleSource:
     def _prepare(self, placed: Placed) -> Prepared | VlmError:
         try:
             sample = placed.sample.read() if isinstance(placed.sample, Unread) else placed.sample
+            sample = sample.worded(_number(self.order.seed, "wording", placed.place))
             texts = self.model.prepare_texts(sample, self.section.max_length)
             pictures = {path: self.load_picture(path, placed.step) for path in sample.images}
             return Prepared(texts, sample.images, pictures, placed.place)

@@ -35,6 +35,31 @@ def read_captions_json(path: Path, split: str, images: Path | None) -> Iterator[
     yield from coco_entries(file, content, split, folder)
 
 
+def read_textcaps(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """TextCaps (Sidorov et al. 2020): `{data: [{image_id, caption_str}]}`, an entry a caption; a record a picture.
+
+    Raises VlmError for another layout.
+    """
+    file = file_of(path, split, (".json",))
+    folder = images or file.parent
+    content = read_json(file)
+    items = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise VlmError(f"{file}: expected a list `data` in a mapping (TextCaps)")
+    captions: dict[str, list[str]] = {}
+    for number, item in enumerate(items, 1):
+        try:
+            need_mapping(item)
+            own = captions.setdefault(checked_text(item.get("image_id"), "`image_id`"), [])
+            if "caption_str" in item:
+                own.append(checked_text(item["caption_str"], "`caption_str`").strip())
+        except Malformed as error:
+            yield BrokenRecord(f"{file}: entry {number}", str(error))
+    for image, own in captions.items():
+        path_of = str(folder / f"{image}.jpg")
+        yield Record(id=image, images=(path_of,), captions=tuple(dict.fromkeys(own)), meta={"image_id": image})
+
+
 def read_captions_jsonl(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
     """One `{image, caption or captions}` a line."""
     file = file_of(path, split, (".jsonl",))

@@ -1,4 +1,4 @@
-"""Open questions in layouts of their own: A-OKVQA, GQA, TextVQA, VizWiz. Splits without answers give none."""
+"""Open questions in layouts of their own: A-OKVQA, GQA, OCR-VQA, TextVQA, VizWiz. Splits without answers give none."""
 
 import re
 from collections.abc import Iterator
@@ -84,6 +84,44 @@ def read_gqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
             )
         except Malformed as error:
             yield BrokenRecord(f"{file}: question {key}", str(error))
+
+
+_OCR_VQA_SPLITS = {1: "train", 2: "val", 3: "test"}
+
+
+def read_ocr_vqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
+    """OCR-VQA (Mishra et al. 2019): `{book: {imageURL, title, questions, answers, split}}`.
+
+    Splits 1, 2 and 3 are train, val and test. A record is one question about a cover, which lies in `images` as BOOK
+    with the ending of its address, as the authors' script puts it there. `meta` holds title, author and genre. Raises VlmError for another layout.
+    """
+    file = file_of(path, split, (".json",))
+    folder = images or file.parent / "images"
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise VlmError(f"{file}: expected books by their ids (OCR-VQA), found {type(content).__name__}")
+    for book, item in content.items():
+        try:
+            need_mapping(item)
+            if _OCR_VQA_SPLITS.get(item.get("split")) != split:
+                if item.get("split") not in _OCR_VQA_SPLITS:
+                    raise Malformed(f"`split` is {item.get('split')!r}, expected 1, 2 or 3")
+                continue
+            ending = PurePosixPath(checked_text(item.get("imageURL"), "`imageURL`")).suffix
+            questions, answers = (_texts(item.get(key), f"`{key}`") for key in ("questions", "answers"))
+            if len(questions) != len(answers):
+                raise Malformed(f"{len(questions)} questions and {len(answers)} answers")
+            meta = {key: item[key] for key in ("title", "authorName", "genre") if key in item}
+            for number, (question, answer) in enumerate(zip(questions, answers)):
+                yield Record(
+                    id=f"{book}-{number}",
+                    images=(str(folder / f"{book}{ending}"),),
+                    question=question.strip(),
+                    answers=(answer,),
+                    meta={"image_id": book, **meta},
+                )
+        except Malformed as error:
+            yield BrokenRecord(f"{file}: book {book}", str(error))
 
 
 def read_textvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]:
