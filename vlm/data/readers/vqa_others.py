@@ -93,7 +93,8 @@ def read_ocr_vqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]
     """OCR-VQA (Mishra et al. 2019): `{book: {imageURL, title, questions, answers, split}}`.
 
     Splits 1, 2 and 3 are train, val and test. A record is one question about a cover, which lies in `images` as BOOK
-    with the ending of its address, as the authors' script puts it there. `meta` holds title, author and genre. Raises VlmError for another layout.
+    with the ending of its address, as the authors' script puts it there. `meta` holds title, author and genre.
+    Raises VlmError for another layout.
     """
     file = file_of(path, split, (".json",))
     folder = images or file.parent / "images"
