@@ -7,7 +7,8 @@ kernel's high-water mark of resident memory is reset, and the step runs again: t
 what the step needs above its inputs, weights and gradients that are there already. (glibc is told to give freed memory
 back at once; measured on Linux, left out elsewhere.)
 
-Results are printed and appended to `runs/benchmarks.jsonl`; `report.py` makes `RESULTS.md` of them.
+Results are printed and appended to `runs/benchmarks.jsonl`; `report.py` makes `RESULTS.md` of them. A case that fails
+is named at the end, and the others run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,21 +78,29 @@ def main(cases: Mapping[str, Case], packages: Sequence[str] = ()) -> None:
     script = Path(sys.argv[0]).resolve()
     where = machine(packages)
     print(f"{script.stem} on {describe(where)}")
+    failed = []
     for name in names:
-        result = {
-            "benchmark": script.stem,
-            "case": name,
-            "peer": cases[name].peer,
-            **_run(cases[name], options.repeats),
-        }
-        if cases[name].measure_memory and sys.platform == "linux":
-            peaks = {side: _peak_apart(script, name, side) for side in ("ours", "theirs")}
-            result["memory"] = {**peaks, "share": peaks["ours"] / max(peaks["theirs"], 1)}
-            result["memory_target"] = cases[name].memory_target
+        try:
+            result = {"benchmark": script.stem, "case": name, **_measure(script, name, cases[name], options.repeats)}
+        except Exception:  # an absent peer, or one that fails, ends its case alone
+            traceback.print_exc()
+            failed.append(name)
+            continue
         print(line(result), flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps({**result, "machine": where}) + "\n")
+    if failed:
+        sys.exit(f"{script.stem}: failed: {'; '.join(failed)}")
+
+
+def _measure(script: Path, name: str, case: Case, repeats: int | None) -> dict[str, Any]:
+    result = {"peer": case.peer, **_run(case, repeats)}
+    if case.measure_memory and sys.platform == "linux":
+        peaks = {side: _peak_apart(script, name, side) for side in ("ours", "theirs")}
+        result["memory"] = {**peaks, "share": peaks["ours"] / max(peaks["theirs"], 1)}
+        result["memory_target"] = case.memory_target
+    return result
 
 
 def _run(case: Case, repeats: int | None) -> dict[str, Any]:

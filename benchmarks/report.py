@@ -1,4 +1,8 @@
-"""Write `RESULTS.md` of the newest result of every case in `runs/benchmarks.jsonl`, and the README's table of it."""
+"""Write `RESULTS.md` of the newest result of every case, and the README's table of it.
+
+Results are those of `runs/benchmarks.jsonl` and, of cases that were not run here, of `results.jsonl`, which travels
+with the report and is written anew with it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -20,12 +24,18 @@ NOTHING = "Nothing has been measured yet: run `make bench`."
 
 def main() -> None:
     """Read the results, write the report and the README's table."""
-    results = newest(RESULTS.read_text().splitlines()) if RESULTS.is_file() else []
-    report = ROOT / "benchmarks" / "RESULTS.md"
+    write(RESULTS, ROOT)
+
+
+def write(here: Path, root: Path) -> None:
+    """Write the report and the README's table under `root`. here: the results of this machine, where there are any."""
+    kept, report = root / "benchmarks" / "results.jsonl", root / "benchmarks" / "RESULTS.md"
+    results = newest([line for file in (kept, here) if file.is_file() for line in file.read_text().splitlines()])
     if results:
+        kept.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
         report.write_text(text_of(results), encoding="utf-8")
     if report.is_file():
-        fill_readme(ROOT / "README.md", summary_in(report.read_text(encoding="utf-8")))
+        fill_readme(root / "README.md", summary_in(report.read_text(encoding="utf-8")))
 
 
 def newest(lines: Sequence[str]) -> list[dict[str, Any]]:

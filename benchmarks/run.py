@@ -16,7 +16,7 @@ from pathlib import Path
 import report
 
 FOLDER = Path(__file__).resolve().parent
-SECONDS = 300  # that a script may take
+SECONDS = 600  # that a script may take
 SETUP_SECONDS = 900
 
 

@@ -1,5 +1,6 @@
 """`make bench`: what fails is named and does not end the rest; the README's table is the report's."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import harness  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 
@@ -38,8 +40,6 @@ def test_the_readmes_table_is_the_reports() -> None:
 
 
 def test_the_newest_result_of_a_case_counts_and_others_stay(tmp_path: Path) -> None:
-    import json
-
     lines = [json.dumps(_result("b", "one", 1.0)), json.dumps(_result("a", "two", 2.0))]
     lines.append(json.dumps(_result("b", "one", 3.0)))
     results = report.newest(lines)
@@ -53,6 +53,37 @@ def test_the_newest_result_of_a_case_counts_and_others_stay(tmp_path: Path) -> N
     assert report.summary_in(readme.read_text()) == report.summary_in(text)
     assert readme.read_text().startswith("before\n")
     assert readme.read_text().endswith("after\n")
+
+
+def test_rows_of_what_was_not_run_here_stay(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "README.md").write_text(f"{report.START}\nold\n{report.END}\n")
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text("\n".join(json.dumps(_result(*row)) for row in [("a", "one", 1.0), ("b", "two", 2.0)]))
+    second.write_text(json.dumps(_result("b", "two", 4.0)))
+    report.write(first, tmp_path)
+    report.write(second, tmp_path)  # as on another machine, or in a fresh clone
+    table = report.summary_in((tmp_path / "benchmarks" / "RESULTS.md").read_text())
+    assert "| a | one | peer | 1.00x |" in table
+    assert "| b | two | peer | 4.00x |" in table
+    assert "2.00x" not in table
+    assert report.summary_in((tmp_path / "README.md").read_text()) == table
+
+
+def test_a_case_that_fails_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> harness.Step:
+        raise FileNotFoundError("the peer's environment")
+
+    good = harness.Case(ours=lambda: lambda: None, theirs=lambda: lambda: None, peer="itself")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "runs" / "results.jsonl")
+    monkeypatch.setattr(sys, "argv", ["some.py"])
+    with pytest.raises(SystemExit, match="some: failed: gone"):
+        harness.main({"gone": harness.Case(ours=absent, theirs=absent, peer="nobody"), "there": good})
+    assert "the peer's environment" in capsys.readouterr().err
+    (line,) = (tmp_path / "runs" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["case"] == "there"
 
 
 def test_what_fails_is_named_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
