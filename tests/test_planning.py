@@ -129,7 +129,9 @@ def test_every_shipped_recipe_can_be_planned(name: str, monkeypatch: pytest.Monk
     recipe = load_recipe(name)
     if getattr(recipe.model.bridge, "init", "") == "hf:bert-base-uncased":
         recipe = load_recipe(name, ["model.bridge.layers=2"])
-    sizes = part_sizes(build_on_meta(recipe.model, recipe.trainable))
+    whole = build_on_meta(recipe.model, recipe.trainable, "bf16")
+    sizes = part_sizes(whole)
+    monkeypatch.setattr("vlm.planning.plan.build_on_meta", lambda *_: whole)  # built once
     monkeypatch.setattr("vlm.planning.measure.build_on_meta", lambda *args: build_on_meta(*args, depth=2))
     plan = make_plan(recipe, gpu="h100", gpus=8, samples=1000)
     assert sum(sizes.values()) >= sum(plan.parameters.values()) > 0
