@@ -32,9 +32,6 @@ def step(loss: Callable[..., Tensor], leaves: list[Tensor]) -> Step:
 
 def case(pairs: int, theirs: str) -> Case:
     """CLIP's loss at its final scale of 100, or SigLIP's at its initial scale of 10 and bias of -10."""
-    import open_clip.loss
-
-    peer = getattr(open_clip.loss, theirs)()
     clip = theirs == "ClipLoss"
     loss = itc_loss if clip else sigmoid_itc_loss
     large = pairs >= 16384
@@ -42,13 +39,19 @@ def case(pairs: int, theirs: str) -> Case:
     def leaves() -> list[Tensor]:
         return inputs(pairs, 100.0)[:3] if clip else inputs(pairs, 10.0)
 
+    def peer() -> Callable[..., Tensor]:
+        import open_clip.loss  # only where it is measured: it takes seconds to import
+
+        made: Callable[..., Tensor] = getattr(open_clip.loss, theirs)()
+        return made
+
     return Case(
         ours=lambda: step(lambda *given: loss(*given) / pairs, leaves()),
-        theirs=lambda: step(peer, leaves()),
+        theirs=lambda: step(peer(), leaves()),
         peer=f"open_clip {theirs}",
         amount=pairs,
         unit="pairs",
-        repeats=3 if large else 5,
+        repeats=2 if large else 3,
         speed_target=1.3 if large else None,
         memory_target=1 / 8 if large else None,
         measure_memory=True,

@@ -88,3 +88,14 @@ def test_compiled_or_not_the_features_are_the_same(build, monkeypatch, compiler_
     for count in (3, 2, 3):
         pixels = pixels_for(encoder, count)
         assert_same_features(encoder(pixels), forward(pixels))
+
+
+def test_pieces_of_a_batch_give_the_features_of_the_whole(build):
+    encoder = convolutional(build)
+    count = 2 * torch.get_num_threads() * 2 + 1
+    pixels = pixels_for(encoder, count)
+    whole = encoder.read(encoder.tower, pixels)
+    with torch.no_grad():
+        pieces = encoder(pixels)
+    assert pieces.tokens.shape[0] == count
+    assert_same_features(whole, pieces)

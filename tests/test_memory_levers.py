@@ -1,5 +1,10 @@
 """Memory levers change memory and nothing else, and say where they cannot work."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from generative_parts import generative_model, generative_spec, pictures
@@ -139,3 +144,29 @@ def test_a_quantized_language_model_trains_its_adapters(tiny_folder, tmp_path, k
         loss, _ = lm_loss(ReadOuts(model, batch), ObjectiveSpec(name="lm"))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from vlm.training.memory import keep_freed_memory
+
+def step():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    made = [torch.ones(4_000_000) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+kept = keep_freed_memory()
+print(kept, step(), step(), step())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0] == "glibc", reason="glibc only")
+@pytest.mark.parametrize("told", [{}, {"MALLOC_TRIM_THRESHOLD_": "65536"}], ids=["free", "told by the environment"])
+def test_a_step_on_the_cpu_finds_the_memory_of_the_step_before(told):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=plain | told, capture_output=True, text=True, check=True)
+    kept, first, *later = done.stdout.split()
+    assert kept == str(not told)
+    if not told:
+        assert max(map(int, later)) < int(first) / 2, "memory was given back and fetched again"

@@ -143,3 +143,15 @@ def test_showing_the_whole_picture_drops_the_crop():
     transform = ImageTransform(crop_pct=0.875)
     assert transform.with_resize("square").crop_pct == 1.0
     assert transform.with_resize("shortest").crop_pct == 0.875
+
+
+def test_every_value_is_normalised_to_the_bits_of_torchvision():
+    transform = ImageTransform(size=(16, 16), mean=(0.1, 0.5, 0.77), std=(0.3, 0.123, 1.0))
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
+    picture = Image.fromarray(np.concatenate([values, values[::-1], values.transpose(1, 0, 2)], axis=2))
+    expected = v2.functional.normalize(
+        v2.functional.to_dtype(v2.functional.to_image(picture), torch.float32, scale=True),
+        list(transform.mean),
+        list(transform.std),
+    )
+    assert torch.equal(transform.eval(picture), expected)

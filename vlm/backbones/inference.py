@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from vlm.backbones.image_encoder import ImageEncoder, ImageFeatures
+from vlm.backbones.image_encoder import ImageEncoder, ImageFeatures, in_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _replace(root: nn.Module, name: str, module: nn.Module | None) -> None:
 
 @torch.no_grad()
 def _seconds_per_picture(encoder: ImageEncoder) -> float:
-    pixels = torch.zeros(4, 3, *encoder.transform.size)
+    pixels = torch.zeros(2, 3, *encoder.transform.size)
     encoder(pixels)
     start = time.perf_counter()
     encoder(pixels)
@@ -112,7 +112,7 @@ def _seconds_per_picture(encoder: ImageEncoder) -> float:
 
 
 class _Compiled:
-    """A compiled encoder for batches as large as the first; the encoder itself for others or without a compiler."""
+    """A compiled encoder for pieces as large as the first; the encoder itself for others or without a compiler."""
 
     def __init__(self, encoder: ImageEncoder) -> None:
         self.encoder = encoder
@@ -121,6 +121,9 @@ class _Compiled:
         self.tower = torch.compile(encoder.tower, dynamic=False, options={"freezing": True})
 
     def __call__(self, pixels: torch.Tensor) -> ImageFeatures:
+        return in_pieces(self._piece, pixels)
+
+    def _piece(self, pixels: torch.Tensor) -> ImageFeatures:
         self.shape = self.shape or pixels.shape
         if self.tower is None or pixels.shape != self.shape:
             return self.encoder(pixels)

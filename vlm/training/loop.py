@@ -19,7 +19,7 @@ from vlm.models.sharded import load_optimizer_state, whole_optimizer_state
 from vlm.models.starting import start_from
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
-from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers
+from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers, keep_freed_memory
 from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradient_norm, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
@@ -85,6 +85,8 @@ class Trainer:
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
             self.report.say(start_from(self.model, recipe.init_from))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if recipe.train.cpu_offload:
             check_offload(self.device)
         if recipe.train.gradient_checkpointing:
