@@ -161,7 +161,7 @@ print(kept, step(), step(), step())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not platform.libc_ver()[0] == "glibc", reason="glibc only")
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc only")
 @pytest.mark.parametrize("told", [{}, {"MALLOC_TRIM_THRESHOLD_": "65536"}], ids=["free", "told by the environment"])
 def test_a_step_on_the_cpu_finds_the_memory_of_the_step_before(told):
     plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_") and k != "GLIBC_TUNABLES"}

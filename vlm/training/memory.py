@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm.errors import VlmError
 
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _NEVER, _LARGEST = -1, 32 << 20  # the largest value glibc takes for _MMAP_THRESHOLD
 
