@@ -2,13 +2,25 @@
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from vlm.schema import Strict
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Pool = Literal["pooled", "cls", "mean", "attention"]
 TowerProjection = Literal["linear", "mlp", "none"]
+
+
+def _from_the_end(layers: list[int]) -> list[int]:
+    if any(layer >= 0 for layer in layers):
+        raise ValueError("layers count from the end, -1 is the last")
+    if len(set(layers)) < len(layers):
+        raise ValueError("a layer is named twice")
+    return layers
+
+
+# Two layers or more, counted from the end.
+PoolLayers = Annotated[list[int], Field(min_length=2), AfterValidator(_from_the_end)]
 
 
 def name_only(value: Any) -> Any:
@@ -26,6 +38,8 @@ class ImageEncoderSpec(Strict):
         picture and tiles of a larger copy); the part's own if not given.
     grid_pinpoints: sizes (height, width) in pixels that `anyres` may scale a picture into; by default LLaVA-1.6's 1x2,
         2x1, 2x2, 3x1 and 1x3 tiles.
+    pool_layers: make the picture's pooled embedding of several layers, their tokens' means side by side (timm, with a
+        dual tower); the encoder's own if not given.
     """
 
     name: str
@@ -34,7 +48,14 @@ class ImageEncoderSpec(Strict):
     image_size: int | None = Field(default=None, ge=1)
     resize: Literal["shortest", "square", "pad", "anyres"] | None = None
     grid_pinpoints: list[tuple[int, int]] | None = Field(default=None, min_length=1)
+    pool_layers: PoolLayers | None = None
     precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _layers_are_of_the_whole(self) -> "ImageEncoderSpec":
+        if self.pool_layers is not None and self.layer != -1:
+            raise ValueError("`pool_layers` reads several layers and `layer` cuts some away: give one of them")
+        return self
 
     @model_validator(mode="after")
     def _pinpoints_go_with_anyres(self) -> "ImageEncoderSpec":
@@ -46,6 +67,12 @@ class ImageEncoderSpec(Strict):
 def _one_size(encoder: ImageEncoderSpec) -> ImageEncoderSpec:
     if encoder.resize == "anyres":
         raise ValueError("`resize: anyres` is for a generative model with a projection")
+    return encoder
+
+
+def _tokens_alone(encoder: ImageEncoderSpec) -> ImageEncoderSpec:
+    if encoder.pool_layers is not None:
+        raise ValueError("`pool_layers` is for a dual encoder: this model reads tokens, not the pooled embedding")
     return encoder
 
 
@@ -82,9 +109,14 @@ class LanguageModelSpec(Strict):
 
 
 class TextEncoderSpec(Strict):
-    """A frozen (or trained) text encoder."""
+    """A frozen (or trained) text encoder.
+
+    pool_layers: make a text's pooled embedding of several layers, their tokens' means side by side (BERT and its kin;
+        of 6 layers, -7 is the word embeddings); the encoder's own if not given.
+    """
 
     name: str
+    pool_layers: PoolLayers | None = None
     precision: Precision = "auto"
 
 
@@ -121,6 +153,9 @@ class DualTowerSpec(Strict):
     in the joint space already (CLIP's towers).
     width: of the joint space; by default that of the side without projection, else 512.
     logits: `softmax` (CLIP) or `sigmoid` (SigLIP).
+    start: where linear projections begin: `random`, or `canonical`: the canonical correlations of
+    the training pairs' features (Hotelling 1936) with a ridge, in closed form, which training then refines.
+    ridge: with `start: canonical`, what is added to each side's covariance, as a share of its mean variance.
     logit_scale: where the factor on the cosine starts: a number, or `published` for that of the checkpoint both
     encoders come from; by default 1/.07 (softmax) or 10 (sigmoid).
     logit_bias: where a sigmoid's bias starts, by default -10; with `logit_scale: published` the checkpoint's.
@@ -131,9 +166,20 @@ class DualTowerSpec(Strict):
     text_pool: Pool = "pooled"
     image_projection: TowerProjection = "linear"
     text_projection: TowerProjection = "linear"
+    start: Literal["random", "canonical"] = "random"
+    ridge: float = Field(default=0.5, gt=0)
     logits: Literal["softmax", "sigmoid"] = "softmax"
     logit_scale: Annotated[float, Field(gt=0)] | Literal["published"] | None = None
     logit_bias: float | None = None
+
+    @model_validator(mode="after")
+    def _canonical_is_linear(self) -> "DualTowerSpec":
+        linear = self.image_projection == self.text_projection == "linear"
+        if self.start == "canonical" and not (linear and "attention" not in (self.image_pool, self.text_pool)):
+            raise ValueError("`start: canonical` is for two linear projections of embeddings without attention pooling")
+        if self.start == "random" and "ridge" in self.model_fields_set:
+            raise ValueError("`ridge` goes with `start: canonical`")
+        return self
 
     @model_validator(mode="after")
     def _bias_goes_with_sigmoid(self) -> "DualTowerSpec":
@@ -202,6 +248,7 @@ class GenerativeSpec(Strict):
     caption_prompt: str = "<image>"
     split_captions: bool = False
 
+    _tokens = field_validator("image_encoder")(_tokens_alone)
     _short = field_validator("image_encoder", "language_model", mode="before")(name_only)
 
     @field_validator("bridge", mode="before")
@@ -250,6 +297,7 @@ class QFormerSpec(Strict):
 
     _short = field_validator("image_encoder", mode="before")(name_only)
     _whole = field_validator("image_encoder")(_one_size)
+    _tokens = field_validator("image_encoder")(_tokens_alone)
 
 
 # The families, told apart by `type`.

@@ -173,6 +173,12 @@ class Recipe(Strict):
     init_from: str | list[str] | None = None
     output: str
 
+    @model_validator(mode="after")
+    def _one_start(self) -> "Recipe":
+        if self.init_from is not None and getattr(self.model.bridge, "start", "random") != "random":
+            raise ValueError("`init_from` starts from other weights, `bridge.start` from the data: give one of them")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _heads_learn_with_their_bridge(cls, value: Any) -> Any:

@@ -6,6 +6,7 @@ from vlm.backbones.image_encoder import ImageEncoder, ImageFeatures, Tower
 from vlm.backbones.image_hf import build_hf
 from vlm.backbones.image_open_clip import build_open_clip
 from vlm.backbones.image_timm import build_starter, build_timm
+from vlm.backbones.joined_layers import join_image_layers
 from vlm.backbones.names import parse_part_name
 from vlm.data.transforms import ImageTransform
 from vlm.model_spec import ImageEncoderSpec
@@ -27,7 +28,7 @@ def build_image_encoder(spec: ImageEncoderSpec, resize: str | None = None) -> Im
     `timm:NAME_OR_FOLDER`, `open_clip:ARCH/TAG_OR_FILE` (no tag: random weights), `hf:ID_OR_FOLDER`,
     `starter:efficientnet_lite0`. Layers behind `spec.layer` are dropped. Tokens of layer -1 have passed the model's
     final norm, earlier ones have not. The pooled embedding is the model's own (with its projection where the
-    checkpoint has one), and None for an earlier layer.
+    checkpoint has one), or of `spec.pool_layers`, and None for an earlier layer.
     resize: overrides the transform's way of resizing (`shortest`, `square`, `pad`).
     Raises VlmError on an unknown name (with the nearest ones), a layer the model lacks, or a key that is missing or
     left over.
@@ -36,4 +37,5 @@ def build_image_encoder(spec: ImageEncoderSpec, resize: str | None = None) -> Im
     tower, transform = IMAGE_SOURCES[part.source](part.reference, spec.layer, spec.image_size)
     if resize is not None:
         transform = transform.with_resize(resize)
-    return ImageEncoder(spec.name, tower, transform, spec.layer, spec.drop_cls)
+    tower = join_image_layers(tower, spec.pool_layers, spec.name)
+    return ImageEncoder(spec.name, tower, transform, spec.layer, spec.drop_cls, spec.pool_layers)

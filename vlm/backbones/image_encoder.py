@@ -47,13 +47,22 @@ class ImageEncoder(nn.Module):
     become pixels.
     """
 
-    def __init__(self, name: str, tower: Tower, transform: ImageTransform, layer: int, drop_cls: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        tower: Tower,
+        transform: ImageTransform,
+        layer: int,
+        drop_cls: bool,
+        pool_layers: list[int] | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.transform = transform
         self.tower = tower
         self.layer = layer
         self.drop_cls = drop_cls
+        self.pool_layers = pool_layers
         self.num_prefix_tokens = 0 if drop_cls else tower.num_prefix_tokens
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)
@@ -102,6 +111,7 @@ class ImageEncoder(nn.Module):
             "layer": self.layer,
             "drop_cls": self.drop_cls,
             "transform": self.transform.to_dict(),
+            **({"pool_layers": sorted(self.pool_layers)} if self.pool_layers else {}),
         }
 
     def fingerprint(self) -> str:

@@ -48,10 +48,14 @@ def _cut(model: nn.Module, layer: int, name: str) -> None:
     """Drop the blocks (of a convolutional network: stages) behind `layer`, the final norm and the head."""
     if not hasattr(model, "prune_intermediate_layers"):
         raise VlmError(f"timm:{name} can only be read at layer -1: timm cannot cut it")
-    blocks = getattr(model, "blocks", None)
-    stages = getattr(model, "stage_ends", None) or getattr(model, "stages", None)
-    check_layer(f"timm:{name}", layer, len(stages if stages is not None else blocks or ()) or None)
+    check_layer(f"timm:{name}", layer, count_layers(model))
     model.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
+
+
+def count_layers(model: nn.Module) -> int | None:
+    """Blocks of a timm model, of a convolutional network its stages; None where it tells neither."""
+    stages = getattr(model, "stage_ends", None) or getattr(model, "stages", None)
+    return len(stages if stages is not None else getattr(model, "blocks", None) or ()) or None
 
 
 def build_timm(reference: str, layer: int, image_size: int | None) -> tuple[Tower, ImageTransform]:

@@ -30,7 +30,12 @@ class TextFeatures:
 
 
 class TextTower(nn.Module):
-    """One library's text model: forward(ids [B, T], mask [B, T]) -> (tokens [B, T, D], pooled [B, P])."""
+    """One library's text model: forward(ids [B, T], mask [B, T]) -> (tokens [B, T, D], pooled [B, P]).
+
+    layers: those whose means are the embedding, where that is made of several.
+    """
+
+    layers: tuple[int, ...] | None = None
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
@@ -63,6 +68,10 @@ class TextEncoder(nn.Module):
         self.width: int = features.tokens.shape[-1]
         self.pooled_width: int = features.pooled.shape[-1]
 
+    def with_tower(self, tower: TextTower) -> "TextEncoder":
+        """The same tokens through another tower."""
+        return TextEncoder(self.name, tower, self._tokenizer, self.context_length, self.has_cls)
+
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """`ids` and `mask`, int64 [B, T] on the encoder's device, padded to one length, cut at `context_length`."""
         ids, mask = self._tokenizer(list(texts))
@@ -79,7 +88,8 @@ class TextEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the name, the context length or the weights."""
-        return fingerprint_of(self.tower, {"name": self.name, "context_length": self.context_length})
+        options = {"name": self.name, "context_length": self.context_length, "layers": self.tower.layers}
+        return fingerprint_of(self.tower, options)
 
 
 def pool_mean(tokens: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

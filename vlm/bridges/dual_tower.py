@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.bridges.canonical import Affine
 from vlm.errors import VlmError
 from vlm.model_spec import DualTowerSpec, Pool, TowerProjection
 
@@ -173,6 +174,15 @@ class DualTower(nn.Module):
         self.logit_scale.fill_(log_scale)
         if self.logit_bias is not None and bias is not None:
             self.logit_bias.fill_(bias)
+
+    @torch.no_grad()
+    def start_projections(self, image: Affine, text: Affine) -> None:
+        """Start both linear projections from these maps."""
+        for head, start in zip(self.heads, (image, text)):
+            layer = head.projection.get_submodule("0")
+            assert isinstance(layer, nn.Linear)
+            layer.weight.copy_(start.weight)
+            layer.bias.copy_(start.bias)
 
     @torch.no_grad()
     def clamp_scale(self) -> None:

@@ -104,7 +104,7 @@ def check_kind(spec: GenerativeSpec, language_model: LanguageModel) -> None:
 
 
 def _dual_encoder(spec: DualEncoderSpec, precision: str) -> DualEncoder:
-    pair = build_pair(spec.image_encoder, spec.text_encoder.name)
+    pair = build_pair(spec.image_encoder, spec.text_encoder)
     bridge = DualTower(
         spec.bridge,
         (pair.image.width, pair.image.pooled_width),

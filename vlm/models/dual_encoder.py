@@ -1,6 +1,6 @@
 """The dual encoder (CLIP, SigLIP, LiT): images and texts as unit-length points in one space."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlm.backbones.image import ImageEncoder
 from vlm.backbones.text import TextEncoder
+from vlm.bridges.canonical import canonical_projections
 from vlm.bridges.dual_tower import DualTower
 from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import as_list, load_image
@@ -104,6 +105,24 @@ class DualEncoder(TaskModel):
 
         features = _in_chunks(encode, unique, TEXT_CHUNK)
         self._kept_texts = ({text: row for row, text in enumerate(unique)}, features.float().cpu().clone())
+
+    @torch.no_grad()
+    def start_on(self, batches: Iterable[PairBatch]) -> str:
+        """With `bridge.start: canonical`, start the projections from the canonical correlations of all pairs."""
+        spec = self.spec.bridge
+        if spec.start != "canonical":
+            return ""
+        pairs = (self._pair_features(batch) for batch in batches if len(batch))
+        self.bridge.start_projections(*canonical_projections(pairs, self.bridge.width, spec.ridge))
+        return "the projections start from the canonical correlations of the training pairs"
+
+    def _pair_features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """What both projections take of a batch of pairs: [b,D] and [b,T]."""
+        inputs = batch.image_inputs
+        assert inputs is not None
+        image = self.image_features(inputs) if inputs.ndim == 4 else inputs
+        text = batch.text_features
+        return image[batch.image_index], self.text_features(batch.ids, batch.mask) if text is None else text
 
     def read_pairs(self, read: ReadOuts) -> tuple[Tensor, Tensor]:
         """Unit-length embeddings, image [b,E] and text [b,E], of a batch of pairs."""

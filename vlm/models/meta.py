@@ -10,6 +10,7 @@ from vlm.backbones.image_encoder import ImageEncoder, Tower
 from vlm.backbones.image_hf import FAMILIES, HfTower
 from vlm.backbones.image_open_clip import check_arch, open_clip_transform, visual_tower
 from vlm.backbones.image_timm import build_untrained_timm
+from vlm.backbones.joined_layers import join_image_layers, join_text_layers
 from vlm.backbones.known_configs import find_config
 from vlm.backbones.language import LanguageModel, inject_lora
 from vlm.backbones.names import PartName, parse_part_name
@@ -105,7 +106,7 @@ def _generative(spec: GenerativeSpec, precision: str, depth: int | None) -> Gene
 
 def _dual_encoder(spec: DualEncoderSpec, precision: str, depth: int | None) -> DualEncoder:
     image = _image_encoder(spec.image_encoder, precision, depth)
-    text = _text_encoder(spec.text_encoder.name, depth)
+    text = join_text_layers(_text_encoder(spec.text_encoder.name, depth), spec.text_encoder.pool_layers)
     text.to(_dtype(spec.text_encoder.precision, precision))
     widths = (image.width, image.pooled_width), (text.width, text.pooled_width)
     return DualEncoder(spec, image, text, DualTower(spec.bridge, *widths, image.num_prefix_tokens > 0, text.has_cls))
@@ -132,7 +133,8 @@ def _dtype(own: str, precision: str) -> torch.dtype:
 def _image_encoder(spec: ImageEncoderSpec, precision: str, depth: int | None) -> ImageEncoder:
     part = parse_part_name(spec.name, allowed=("timm", "open_clip", "hf", "starter"))
     tower, transform = _TOWERS[part.source](part, spec, depth)
-    encoder = ImageEncoder(spec.name, tower, transform, spec.layer, spec.drop_cls)
+    tower = join_image_layers(tower, spec.pool_layers, spec.name)
+    encoder = ImageEncoder(spec.name, tower, transform, spec.layer, spec.drop_cls, spec.pool_layers)
     return encoder.to(_dtype(spec.precision, precision))
 
 

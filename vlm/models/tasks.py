@@ -1,6 +1,6 @@
 """The task methods of the public contract; a model family overrides those it can do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ class TaskModel(nn.Module):
 
     def keep_text_features(self, texts: Sequence[str], announce: Callable[[str], None]) -> None:
         """Encode texts that training will meet once and for all, where a frozen text encoder allows it."""
+
+    def start_on(self, batches: Iterable[Any]) -> str:
+        """Set what learns by the training data before the first step, where the recipe says so; what was done, or "".
+
+        batches: every training sample once, collated; made as they are gone through.
+        """
+        return ""
 
     def comparison_parameters(self) -> list[nn.Parameter]:
         """What a comparison of embeddings reads beside them (logit scale, bias)."""

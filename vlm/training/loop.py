@@ -29,6 +29,8 @@ from vlm.training.signals import on_sigterm
 from vlm.training.source import Placed, Prepared, build_source
 from vlm.training.task import FirstPass, Task, add_reports
 
+_START_CHUNK = 256  # samples together before the first step
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -96,6 +98,10 @@ class Trainer:
         self.steps = recipe.train.steps or math.ceil(
             (recipe.train.epochs or 1) * self.source.num_samples / recipe.train.batch_size
         )
+        if recipe.init_from is None and not (resume and newest_checkpoint(self.folder.checkpoints)):
+            batches = (self._collate(self.source.prepare(samples)) for samples in self.source.every(_START_CHUNK))
+            if said := self.model.start_on(batches):
+                self.report.say(said)
         task = Task(self.model, recipe.objectives)
         if recipe.train.fsdp:
             shard_task(task, recipe, self.world, self.device, self.precision)

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,6 +85,15 @@ class SampleSource:
             pairs = self._grouped.batch(step)
         places = enumerate(pairs, start=step * batch_size)
         return [Placed(place, step, self._sample(source, index, place)) for place, (source, index) in places]
+
+    def every(self, size: int) -> Iterator[list[Placed]]:
+        """Every sample once, `size` together, in the order of the sources."""
+        count = 0
+        for number, source in enumerate(self.sources):
+            for start in range(0, len(source), size):
+                indices = range(start, min(start + size, len(source)))
+                yield [Placed(count + i, 0, self._sample(number, i, count + i)) for i in indices]
+            count += len(source)
 
     def _shows_pictures(self, pair: tuple[int, int]) -> bool:
         return bool(self.sources[pair[0]][pair[1]].images)
