@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tiny_models import tiny_bert, tiny_hf_image_model, tiny_timm_image_model
 from training_parts import assert_same_runs, train_in_processes
 
-from vlm import VlmError, train
+from vlm import VlmError, load_model, train
 from vlm.backbones.image import build_image_encoder
 from vlm.backbones.pair import build_pair
 from vlm.bridges.canonical import canonical_projections
@@ -117,6 +117,7 @@ def test_training_starts_there(tiny_folder, data, tmp_path):
 
 def test_processes_and_interruptions_do_not_change_the_result(tiny_folder, data, tmp_path):
     train(dual_recipe(tiny_folder, data, tmp_path / "one", model=dict(START)), quiet=True)
+    assert load_model(tmp_path / "one").encode_text("a cat").shape == (1, 8)
     train_in_processes(dual_recipe(tiny_folder, data, tmp_path / "two", model=dict(START)), tmp_path, 2)
     assert_same_runs(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
     stopped = dual_recipe(tiny_folder, data, tmp_path / "stopped", model=dict(START))

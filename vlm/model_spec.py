@@ -155,7 +155,8 @@ class DualTowerSpec(Strict):
     logits: `softmax` (CLIP) or `sigmoid` (SigLIP).
     start: where linear projections begin: `random`, or `canonical`: the canonical correlations of
     the training pairs' features (Hotelling 1936) with a ridge, in closed form, which training then refines.
-    ridge: with `start: canonical`, what is added to each side's covariance, as a share of its mean variance.
+    ridge: with `start: canonical`, what is added to each side's covariance, as a share of its mean variance,
+    by default .5.
     logit_scale: where the factor on the cosine starts: a number, or `published` for that of the checkpoint both
     encoders come from; by default 1/.07 (softmax) or 10 (sigmoid).
     logit_bias: where a sigmoid's bias starts, by default -10; with `logit_scale: published` the checkpoint's.
@@ -167,7 +168,7 @@ class DualTowerSpec(Strict):
     image_projection: TowerProjection = "linear"
     text_projection: TowerProjection = "linear"
     start: Literal["random", "canonical"] = "random"
-    ridge: float = Field(default=0.5, gt=0)
+    ridge: float | None = Field(default=None, gt=0)
     logits: Literal["softmax", "sigmoid"] = "softmax"
     logit_scale: Annotated[float, Field(gt=0)] | Literal["published"] | None = None
     logit_bias: float | None = None
@@ -177,7 +178,7 @@ class DualTowerSpec(Strict):
         linear = self.image_projection == self.text_projection == "linear"
         if self.start == "canonical" and not (linear and "attention" not in (self.image_pool, self.text_pool)):
             raise ValueError("`start: canonical` is for two linear projections of embeddings without attention pooling")
-        if self.start == "random" and "ridge" in self.model_fields_set:
+        if self.start == "random" and self.ridge is not None:
             raise ValueError("`ridge` goes with `start: canonical`")
         return self
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vlm.errors import VlmError
 
+DEFAULT_RIDGE = 0.5
+
 
 @dataclass(frozen=True)
 class Affine:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlm.backbones.image import ImageEncoder
 from vlm.backbones.text import TextEncoder
-from vlm.bridges.canonical import canonical_projections
+from vlm.bridges.canonical import DEFAULT_RIDGE, canonical_projections
 from vlm.bridges.dual_tower import DualTower
 from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import as_list, load_image
@@ -113,7 +113,7 @@ class DualEncoder(TaskModel):
         if spec.start != "canonical":
             return ""
         pairs = (self._pair_features(batch) for batch in batches if len(batch))
-        self.bridge.start_projections(*canonical_projections(pairs, self.bridge.width, spec.ridge))
+        self.bridge.start_projections(*canonical_projections(pairs, self.bridge.width, spec.ridge or DEFAULT_RIDGE))
         return "the projections start from the canonical correlations of the training pairs"
 
     def _pair_features(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
