@@ -116,11 +116,15 @@ def test_training_starts_there(tiny_folder, data, tmp_path):
 
 
 def test_processes_and_interruptions_do_not_change_the_result(tiny_folder, data, tmp_path):
-    train(dual_recipe(tiny_folder, data, tmp_path / "one", model=dict(START)), quiet=True)
-    assert load_model(tmp_path / "one").encode_text("a cat").shape == (1, 8)
-    train_in_processes(dual_recipe(tiny_folder, data, tmp_path / "two", model=dict(START)), tmp_path, 2)
-    assert_same_runs(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
-    stopped = dual_recipe(tiny_folder, data, tmp_path / "stopped", model=dict(START))
+    def few() -> dict[str, Any]:
+        """Few directions: later ones have correlations so alike that rounding decides what they are."""
+        return {"bridge": {"start": "canonical", "width": 3}}
+
+    train(dual_recipe(tiny_folder, data, tmp_path / "one", model=few()), quiet=True)
+    assert load_model(tmp_path / "one").encode_text("a cat").shape == (1, 3)
+    train_in_processes(dual_recipe(tiny_folder, data, tmp_path / "two", model=few()), tmp_path, 2)
+    assert_same_runs(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-3)
+    stopped = dual_recipe(tiny_folder, data, tmp_path / "stopped", model=few())
     trainer = Trainer(stopped, quiet=True)
     step = trainer.train_step
 

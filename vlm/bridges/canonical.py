@@ -39,6 +39,10 @@ def canonical_projections(pairs: Iterable[tuple[Tensor, Tensor]], width: int, ri
         raise VlmError(f"bridge.start: canonical: gives at most {most} directions here; set bridge.width to no more")
     roots = [_inverse_root(covariance[side, side], ridge) for side in (0, 1)]
     left, correlations, right = torch.linalg.svd(roots[0] @ covariance[0, 1] @ roots[1], full_matrices=False)
+    # A direction may as well point the other way; which one may not depend on rounding.
+    largest = left.abs().argmax(0, keepdim=True)  # [1, E]
+    signs = left.gather(0, largest).sign()[0]
+    left, right = left * signs, right * signs[:, None]
     made = []
     for side, directions in enumerate((left, right.T)):
         weight = ((roots[side] @ directions) * correlations)[:, :width].T  # [E, D]
