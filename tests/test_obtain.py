@@ -100,6 +100,81 @@ def test_a_file_of_the_wrong_content_is_told_where_it_lies(server: Server, tmp_p
     assert line.startswith(f"{file}: 0 bytes, expected")
 
 
+def without_published_checksums(server: Server, folder: Path) -> str:
+    """A data set of a file, and of an archive of a file and pictures, none with a digest."""
+    name = write_data_set(server, folder)
+    content = load_spec(name)[0].model_dump(exclude_defaults=True)
+    del content["downloads"][0]["sha256"], content["downloads"][0]["size"]
+    archive = zipped({"val/1.jpg": b"1", "val/2.jpg": b"2", "facts.json": b"{}"}, folder / "images.zip")
+    server.files["/images.zip"] = archive.read_bytes()
+    content["downloads"][1]["unpack"] = ["val", "facts.json"]
+    dump_yaml(content, Path(name))
+    return name
+
+
+def test_a_file_without_published_checksum_is_trusted_once(
+    server: Server, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = without_published_checksums(server, tmp_path)
+    prepare(name)
+    told = [line for line in capsys.readouterr().err.splitlines() if "trusted" in line]
+    assert told == [
+        "mine: no checksum is published of train.jsonl, images.zip: trusted as fetched now, compared with "
+        f"{data / 'digests.json'} from now on"
+    ]
+    expected = {
+        server.url("train.jsonl"): server.files["/train.jsonl"],
+        server.url("images.zip"): server.files["/images.zip"],
+        server.url("images.zip#facts.json"): b"{}",
+    }
+    kept = json.loads((data / "digests.json").read_text())
+    assert kept == {key: hashlib.sha256(content).hexdigest() for key, content in expected.items()}
+    assert check(name, checksums=True) == []
+    prepare(name)
+    assert "trusted" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["train.jsonl", "facts.json"])
+def test_a_change_of_what_was_fetched_is_found_without_published_checksum(
+    server: Server, tmp_path: Path, data: Path, place: str
+) -> None:
+    name = without_published_checksums(server, tmp_path)
+    prepare(name, progress=False)
+    file = data / "mine" / place
+    file.write_text(file.read_text() + "\n")
+    assert check(name) == []
+    (line,) = check(name, checksums=True)
+    assert line.startswith(f"{file}: not what was fetched: SHA256 is not ")
+    file.unlink()
+    prepare(name, progress=False)
+    assert check(name, checksums=True) == []
+
+
+@pytest.mark.parametrize("place", ["train.jsonl", "images.zip"])
+def test_another_file_at_a_known_address_is_refused(server: Server, tmp_path: Path, data: Path, place: str) -> None:
+    name = without_published_checksums(server, tmp_path)
+    prepare(name, progress=False)
+    for file in (data / "mine/train.jsonl", data / "mine/facts.json"):
+        file.unlink()
+    server.files[f"/{place}"] += b"\n"
+    with pytest.raises(VlmError, match=rf"{place}: not the file that it was the first time .* delete the line"):
+        prepare(name, progress=False)
+    kept = json.loads((data / "digests.json").read_text())
+    del kept[server.url(place)]
+    (data / "digests.json").write_text(json.dumps(kept))
+    prepare(name, progress=False)
+    assert check(name, checksums=True) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
+def test_an_unreadable_record_of_checksums_is_named(server: Server, tmp_path: Path, data: Path, text: str) -> None:
+    name = without_published_checksums(server, tmp_path)
+    data.mkdir()
+    (data / "digests.json").write_text(text)
+    with pytest.raises(VlmError, match=r"digests\.json: .*; remove it to begin anew"):
+        prepare(name, progress=False)
+
+
 def test_pictures_missing_on_disk_are_counted(server: Server, tmp_path: Path, data: Path) -> None:
     name = write_data_set(server, tmp_path)
     prepare(name, progress=False)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from vlm.data.catalogue import DatasetSpec, Download
-from vlm.data.download import Progress, fetch
+from vlm.data.digests import as_before, digests_file, record, recorded
+from vlm.data.download import Progress, digest, fetch
 from vlm.data.unpack import BrokenArchive, unpack
 from vlm.data.webdataset_shards import expand_braces
 from vlm.errors import VlmError
@@ -33,11 +34,44 @@ def how_to_get(download: Download) -> str:
     return f"{absent}: {download.by_hand.rstrip('.')} ({download.url})"
 
 
-def obtain(spec: DatasetSpec, splits: Collection[str], report: Report) -> None:
+def obtain(
+    spec: DatasetSpec, splits: Collection[str], report: Report, say: Callable[[str], None] = lambda line: None
+) -> None:
     """Download and unpack what is missing. Raises VlmError, also where something has to be fetched by hand.
 
-    What can be downloaded is there before the error about what cannot is raised.
+    What can be downloaded is there before the error about what cannot is raised. Of a file without a published digest
+    its own is recorded, and must be the same whenever it is fetched again; `say` is told so in a line.
     """
+    before = recorded()
+    try:
+        _obtain(spec, splits, report)
+    finally:
+        addresses = [url for d in needed(spec, splits) if not _published(d) for url in expand_braces(d.url)]
+        if new := [_last(url) for url in addresses if url in recorded().keys() - before.keys()]:
+            more = f" and {len(new) - 3:,} more" if len(new) > 3 else ""
+            say(
+                f"{spec.name}: no checksum is published of {', '.join(new[:3])}{more}: trusted as fetched now, "
+                f"compared with {digests_file()} from now on"
+            )
+
+
+def recorded_digests(download: Download) -> dict[Path, str]:
+    """The SHA-256 of each of its files in the data folder, as recorded when it was fetched and where one is."""
+    known = recorded()
+    if download.unpack:
+        keys = {f"{download.url}#{name}": name for name in download.unpack}
+        return {data_dir() / download.to / name: known[key] for key, name in keys.items() if key in known}
+    if _published(download) or download.by_hand:
+        return {}
+    pairs = zip(expand_braces(download.url), expand_braces(download.to), strict=True)
+    return {data_dir() / place: known[url] for url, place in pairs if url in known}
+
+
+def _published(download: Download) -> bool:
+    return bool(download.sha256 or download.md5)
+
+
+def _obtain(spec: DatasetSpec, splits: Collection[str], report: Report) -> None:
     by_hand = []
     for download in needed(spec, splits):
         if not missing(download):
@@ -48,7 +82,9 @@ def obtain(spec: DatasetSpec, splits: Collection[str], report: Report) -> None:
             _archive(download, report)
         else:
             for url, place in zip(expand_braces(download.url), expand_braces(download.to), strict=True):
-                _file(download, url, data_dir() / place, report)
+                to = data_dir() / place
+                if _file(download, url, to, report) and not _published(download):
+                    _record({url: as_before(url, to)})
     if by_hand:
         raise VlmError(f"data set {spec.name!r} needs what has to be fetched by hand: " + "; ".join(by_hand))
 
@@ -59,23 +95,36 @@ def _archive(download: Download, report: Report) -> None:
     _file(download, download.url, archive, report)
     with _alone(f"{archive.name}.unpack"):
         if missing(download):
+            # Recorded once it is known to be no damaged archive.
+            digests = {} if _published(download) else {download.url: as_before(download.url, archive)}
             report(f"unpacking {_last(download.url)}")(0, None)
             try:
                 unpack(archive, data_dir() / download.to, download.unpack)
             except BrokenArchive as error:
                 archive.unlink()
                 raise BrokenArchive(f"{error}; it came from {download.url} and is removed") from error
+            unpacked = {name: data_dir() / download.to / name for name in download.unpack}
+            digests |= {f"{download.url}#{name}": digest(file) for name, file in unpacked.items() if file.is_file()}
+            _record(digests)
         archive.unlink(missing_ok=True)
 
 
-def _file(download: Download, url: str, to: Path, report: Report) -> None:
+def _file(download: Download, url: str, to: Path, report: Report) -> bool:
+    """Whether it was fetched, and not there already."""
     with _alone(_short(str(to))):
         if to.exists():
-            return
+            return False
         free = shutil.disk_usage(data_dir()).free
         if download.size and download.size > free:
             raise VlmError(f"{url}: {download.size:,} bytes, and {data_dir()} has room for {free:,}; see VLM_DATA")
         fetch(url, to, download.size, download.sha256, download.md5, report(_last(url)))
+        return True
+
+
+def _record(digests: dict[str, str]) -> None:
+    if digests:
+        with _alone("digests"):
+            record(digests)
 
 
 @contextmanager

