@@ -2,9 +2,9 @@
 
 A ViT of 12 layers and width 192 over 224 pixels beside a text transformer of 12 layers and width 128. `CLIP`: both
 learn from scratch. `locked image`: the image tower is frozen (LiT); ours reads its features from the cache, theirs
-computes them. Both sides get the batch ready: decoding and tokenising are no part of the step. Texts are of some twelve
-tokens: theirs are padded to the context of 77, as open_clip's tokeniser gives them, ours to the longest of the batch. Our
-loop keeps freed memory for the process, which shortens their steps here as well.
+computes them. Both sides get the batch ready: decoding and tokenising are no part of the step. Texts are of some
+twelve tokens: theirs are padded to the context of 77, as open_clip's tokeniser gives them, ours to the longest of the
+batch. Our loop keeps freed memory for the process, which shortens their steps here as well.
 """
 
 import json

@@ -24,6 +24,7 @@ from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradient_norm, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
+from vlm.training.scoring import scores_of
 from vlm.training.sharding import shard_task
 from vlm.training.signals import on_sigterm
 from vlm.training.source import Placed, Prepared, build_source
@@ -326,27 +327,18 @@ class Trainer:
         self.model.train()
 
     def _evaluate(self) -> None:
-        """Score the model as it is; the processes share the questions, and all get the result."""
-        from vlm.evaluation import evaluate
-
+        """Score the model as it is, and keep it if it is the best by the first benchmark."""
         self.model.eval()
-        for number, name in enumerate(self.recipe.evaluation.benchmarks):
-            result = evaluate(
-                name,
-                model=self.model,
-                model_name=str(self.folder.path),
-                limit=self.recipe.evaluation.limit,
-                output=self.folder.path / "eval" / Path(name).stem,
-                progress=False,
-            )
-            best = number == 0 and result.score > self.best.get("score", -math.inf)
+        for number, (name, score) in enumerate(scores_of(self.model, self.recipe.evaluation, self.folder.path)):
+            best = number == 0 and score > self.best.get("score", -math.inf)
             if best:
-                self.best = {"benchmark": name, "score": result.score, "step": self.step}
+                self.best = {"benchmark": name, "score": score, "step": self.step}
+                weights = trained_state(self.model)  # all processes together
             if self.rank == 0:
-                self.folder.log({"step": self.step, f"eval/{name}": result.score})
+                self.folder.log({"step": self.step, f"eval/{name}": score})
                 if best:
-                    save_model_folder(self.model, self.recipe.trainable, self.folder.best)
-            self.report.say(f"step {self.step}: {name} {result.score:.1f}")
+                    save_model_folder(self.model, self.recipe.trainable, self.folder.best, weights)
+            self.report.say(f"step {self.step}: {name} {score:.1f}")
         self.model.train()
         self.accelerator.wait_for_everyone()
 
