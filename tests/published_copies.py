@@ -591,6 +591,27 @@ COPIES: dict[str, Copy] = {
             "test": [("nocaps/test/0013ea2087020901.jpg", ())],
         },
     ),
+    "ocr_vqa": Copy(
+        by_hand={
+            "ocr_vqa/dataset.json": as_json(
+                {
+                    str(split): {
+                        "imageURL": f"http://ecx.images-amazon.com/images/I/{split}.jpg",
+                        "title": "Mom's Plan",
+                        "split": split,
+                        "questions": ["Who wrote this?"],
+                        "answers": ["Sandra"],
+                    }
+                    for split in (1, 2, 3)
+                }
+            ),
+            **{f"ocr_vqa/images/{split}.jpg": JPG for split in (1, 2, 3)},
+        },
+        records={
+            split: [(f"ocr_vqa/images/{number}.jpg", "Who wrote this?", ("Sandra",))]
+            for number, split in enumerate(("train", "val", "test"), 1)
+        },
+    ),
     "okvqa": Copy(
         files={
             "data/OpenEnded_mscoco_train2014_questions.json.zip": OK_TRAIN[0],
@@ -646,6 +667,24 @@ COPIES: dict[str, Copy] = {
             f"{split}{end}": science_records(split, with_text=not end)
             for split in ("train", "val", "test")
             for end in ("", "-images")
+        },
+    ),
+    "textcaps": Copy(
+        files={
+            **{
+                f"TextCaps_0.1_{split}.json": as_json(
+                    {"data": [{"image_id": f"00{split}", "caption_str": text} for text in ("a sign", "it says stop")]}
+                )
+                for split in ("train", "val")
+            },
+            "TextCaps_0.1_test.json": as_json({"data": [{"image_id": "00test"}]}),
+            "train_val_images.zip": {f"train_images/00{split}.jpg": JPG for split in ("train", "val")},
+            "test_images.zip": {"test_images/00test.jpg": JPG},
+        },
+        records={
+            "train": [("textvqa/train_images/00train.jpg", ("a sign", "it says stop"))],
+            "val": [("textvqa/train_images/00val.jpg", ("a sign", "it says stop"))],
+            "test": [("textvqa/test_images/00test.jpg", ())],
         },
     ),
     "textvqa": Copy(
