@@ -42,7 +42,7 @@ def test_the_command_prints_a_table_and_writes_the_files(benchmark: str, tmp_pat
 def test_json_output_is_one_line_per_benchmark(benchmark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(Path(benchmark).read_text().replace("name: toy", "name: other"))
-    monkeypatch.setattr("vlm.loading.load_model", lambda name: FakeModel())
+    monkeypatch.setattr("vlm.loading.load_model", lambda name, **options: FakeModel())
     arguments = [benchmark, str(other), "--model", "m", "--json", "--limit", "1", "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output

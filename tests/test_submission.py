@@ -61,7 +61,7 @@ def test_cocos_file_is_named_and_laid_out_as_its_server_asks(tmp_path: Path) -> 
 
 
 def test_the_command_prints_where_the_file_is(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm.loading.load_model", lambda name: Model())
+    monkeypatch.setattr("vlm.loading.load_model", lambda name, **options: Model())
     arguments = [
         "vqav2",
         "--model",

@@ -11,7 +11,7 @@ import torch
 from vlm.backbones.image_encoder import Tower
 from vlm.backbones.image_timm import TimmTower, count_layers
 from vlm.backbones.layers import check_layer
-from vlm.backbones.text import HfTextTower, TextEncoder, TextTower, pool_mean
+from vlm.backbones.text import HfTextTower, TextTower, pool_mean
 from vlm.errors import VlmError
 
 
@@ -60,7 +60,8 @@ class JoinedHfTextTower(TextTower):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        means = [pool_mean(output.hidden_states[layer], ids, mask) for layer in self.layers]
+        seen = torch.ones_like(ids) if mask is None else mask  # None: of one length, for plans
+        means = [pool_mean(output.hidden_states[layer], ids, seen) for layer in self.layers]
         return output.last_hidden_state, torch.cat(means, dim=1)
 
 
@@ -73,10 +74,10 @@ def join_image_layers(tower: Tower, layers: Sequence[int] | None, name: str) -> 
     return JoinedTimmTower(tower, sorted(layers), name)
 
 
-def join_text_layers(encoder: TextEncoder, layers: Sequence[int] | None) -> TextEncoder:
-    """The encoder with an embedding of these layers, or as it is for None. Raises VlmError unless it is a BERT."""
+def join_text_layers(tower: TextTower, layers: Sequence[int] | None, name: str) -> TextTower:
+    """The tower with an embedding of these layers, or as it is for None. Raises VlmError unless it is a BERT."""
     if layers is None:
-        return encoder
-    if not isinstance(encoder.tower, HfTextTower):
-        raise VlmError(f"{encoder.name}: pool_layers: only BERT and its kin can be read at several layers")
-    return encoder.with_tower(JoinedHfTextTower(encoder.tower.model, sorted(layers), encoder.name))
+        return tower
+    if not isinstance(tower, HfTextTower):
+        raise VlmError(f"{name}: pool_layers: only BERT and its kin can be read at several layers")
+    return JoinedHfTextTower(tower.model, sorted(layers), name)

@@ -33,7 +33,9 @@ def build_pair(image: ImageEncoderSpec, text: TextEncoderSpec) -> Pair:
     """
     if image.name != text.name:
         encoder = build_image_encoder(image, image.resize)
-        return Pair(encoder, join_text_layers(build_text_encoder(text.name), text.pool_layers))
+        own = build_text_encoder(text.name)
+        tower = join_text_layers(own.tower, text.pool_layers, text.name)
+        return Pair(encoder, own if tower is own.tower else own.with_tower(tower))
     if image.pool_layers or text.pool_layers:
         raise VlmError(f"{text.name}: pool_layers: a published dual encoder has embeddings of its own; leave it out")
     part = parse_part_name(text.name)

@@ -106,7 +106,7 @@ def _generative(spec: GenerativeSpec, precision: str, depth: int | None) -> Gene
 
 def _dual_encoder(spec: DualEncoderSpec, precision: str, depth: int | None) -> DualEncoder:
     image = _image_encoder(spec.image_encoder, precision, depth)
-    text = join_text_layers(_text_encoder(spec.text_encoder.name, depth), spec.text_encoder.pool_layers)
+    text = _text_encoder(spec.text_encoder.name, spec.text_encoder.pool_layers, depth)
     text.to(_dtype(spec.text_encoder.precision, precision))
     widths = (image.width, image.pooled_width), (text.width, text.pooled_width)
     return DualEncoder(spec, image, text, DualTower(spec.bridge, *widths, image.num_prefix_tokens > 0, text.has_cls))
@@ -186,25 +186,33 @@ def _open_clip(reference: str, depth: int | None, image_size: int | None = None)
         logging.disable(disabled)
 
 
-def _text_encoder(name: str, depth: int | None) -> TextEncoder:
+def _text_encoder(name: str, layers: list[int] | None, depth: int | None) -> TextEncoder:
     import transformers
 
     part = parse_part_name(name, ("hf", "open_clip", "starter"))
     if part.source == "open_clip":
         text = _open_clip(part.reference, depth).text
-        return TextEncoder(name, OpenClipTextTower(text), _no_tokens(text.context_length), text.context_length)
+        return TextEncoder(
+            name,
+            join_text_layers(OpenClipTextTower(text), layers, name),
+            _no_tokens(text.context_length),
+            text.context_length,
+        )
     config = find_config(_text_reference(part))
     config = getattr(config, "text_config", config)
     kind, context = config.model_type, int(config.max_position_embeddings)
     if kind in DUAL:
         tower = HfDualTextTower(getattr(transformers, DUAL[kind][0])(_shallow(config, depth)))
-        return TextEncoder(name, _unmasked(tower), _no_tokens(context), context)
+        return TextEncoder(name, _unmasked(join_text_layers(tower, layers, name)), _no_tokens(context), context)
     if kind not in BIDIRECTIONAL:
         raise VlmError(f"{name}: no text encoder can be made of a {kind!r} model")
     options: dict[str, Any] = {} if kind == "distilbert" else {"add_pooling_layer": False}
     model = getattr(transformers, BIDIRECTIONAL[kind])(_shallow(config, depth), **options)
     context -= 2 if kind in ("roberta", "xlm-roberta", "mpnet") else 0
-    return TextEncoder(name, _unmasked(HfTextTower(model, pool_cls)), _no_tokens(context), context, has_cls=True)
+    if layers and depth is not None:  # a shallower model's first one
+        layers = list({max(layer, -depth - 1) for layer in layers})
+    tower = join_text_layers(HfTextTower(model, pool_cls), layers, name)
+    return TextEncoder(name, _unmasked(tower), _no_tokens(context), context, has_cls=True)
 
 
 def _text_reference(part: PartName) -> str:

@@ -49,7 +49,7 @@ class Workload:
 
 # Text tokens of a sample, and those among them that carry loss: means of the kinds of data, in words of Llama's
 # vocabulary. Captions of the web and of COCO have 10 to 20; LLaVA-Instruct's and the mix's conversations about 250.
-_LENGTHS = {"captions": (24, 18), "vqa": (40, 6), "conversation": (280, 180)}
+_LENGTHS = {"captions": (24, 18), "vqa": (40, 6), "questions": (40, 12), "conversation": (280, 180)}
 _QUESTIONS = {"vqa": 9.5, "conversation": 1.0, "captions": 1.0}  # of a picture, where one sample holds all
 
 
