@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 QUERIES = ("red apple", "smiling cat", "crescent moon", "sailboat", "birthday cake", "musical instrument")
-LABELS = ("an animal", "a vehicle", "food", "a face", "a flag", "a plant")
+# Without articles, as the names of pictograms are.
+LABELS = ("animal", "building", "clothing", "face", "flag", "food", "person", "plant", "symbol", "vehicle")
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _show_retrieval(folder: Path) -> None:
     for record in records[:: len(records) // 6]:  # a few from all over the set, whatever they turn out to be
         (shares,) = model.classify(record.images[0], LABELS, templates=["{}"]).tolist()
         share, label = max(zip(shares, LABELS))
-        typer.echo(f"zero-shot: {record.captions[0]!r} is {label} ({100 * share:.0f} %)")
+        typer.echo(f"zero-shot: {record.captions[0]!r} -> {label} ({100 * share:.0f} %)")
 
 
 STAGES = (
