@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from file_server import Server, running
-from published_copies import COPIES, packed, told
+from published_copies import COPIES
+from published_files import packed, told
 
 from vlm.data.catalogue import load_dataset
 from vlm.data.images import load_image
