@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the network fails at once
 sys.path.insert(0, str(Path(__file__).parent))
 
+from file_server import Server, running
 
 _USERS_CACHE = os.environ.get("VLM_CACHE")
 
@@ -46,3 +47,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return made[key]
 
     return folder_of
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A server of files on 127.0.0.1 that misbehaves as told."""
+    with running() as made:
+        yield made

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_parts import caption_benchmark, conversations, tiny_recipe, train_in_processes
+from training_parts import caption_benchmark, conversations, tiny_recipe, train_in_processes, train_until
 
 from vlm import load_model, train
 from vlm.models.build import read_weights
@@ -41,14 +41,7 @@ def test_the_best_model_is_kept_over_an_interruption(
     scores = iter([10.0, 30.0, 20.0, 30.0, 25.0])
     monkeypatch.setattr("vlm.evaluation.evaluate", lambda *_, **__: Scored(next(scores)))
     trainer = Trainer(recipe, quiet=True)
-    original = trainer.train_step
-
-    def stopping(*given: Any) -> Any:
-        trainer.stopping = trainer.step + 1 == stop
-        return original(*given)
-
-    trainer.train_step = stopping  # type: ignore[method-assign]
-    assert not trainer.train().finished
+    assert not train_until(trainer, stop).finished
     kept = read_weights(tmp_path / "run" / "best" / "trained.safetensors")
     again = Trainer(recipe, resume=True, quiet=True)
     assert again.best["score"] == 30.0

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_models import tiny_bert, tiny_hf_image_model, tiny_timm_image_model
-from training_parts import assert_same_runs, train_in_processes
+from training_parts import assert_same_runs, train_in_processes, train_until
 
 from vlm import VlmError, load_model, train
 from vlm.backbones.image import build_image_encoder
@@ -126,14 +126,7 @@ def test_processes_and_interruptions_do_not_change_the_result(tiny_folder, data,
     assert_same_runs(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-3)
     stopped = dual_recipe(tiny_folder, data, tmp_path / "stopped", model=few())
     trainer = Trainer(stopped, quiet=True)
-    step = trainer.train_step
-
-    def stopping(samples: Any, upcoming: Any) -> Any:
-        trainer.stopping = trainer.step == 3
-        return step(samples, upcoming)
-
-    trainer.train_step = stopping  # type: ignore[method-assign]
-    assert not trainer.train().finished
+    assert not train_until(trainer, 4).finished
     assert train(stopped, resume=True, quiet=True).finished
     assert_same_runs(tmp_path / "one", tmp_path / "stopped", rtol=1e-5, atol=1e-6)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dual_parts import captions, dual_recipe
-from training_parts import assert_same_runs, losses, train_in_processes
+from training_parts import assert_same_runs, losses, train_in_processes, train_until
 
 from vlm import UnsupportedTask, VlmError, load_model, train
 from vlm.training.loop import Trainer
@@ -107,14 +107,7 @@ def test_an_interrupted_run_goes_on_exactly(tiny_folder, data, tmp_path):
     train(dual_recipe(tiny_folder, data, tmp_path / "through", trainable=BOTH), quiet=True)
     recipe = dual_recipe(tiny_folder, data, tmp_path / "halves", trainable=BOTH)
     trainer = Trainer(recipe, quiet=True)
-    original = trainer.train_step
-
-    def stopping(samples, upcoming):
-        trainer.stopping = trainer.step == 3
-        return original(samples, upcoming)
-
-    trainer.train_step = stopping
-    assert not trainer.train().finished
+    assert not train_until(trainer, 4).finished
     assert train(recipe, resume=True, quiet=True).finished
     _same(tmp_path / "through", tmp_path / "halves", rtol=0, atol=0)
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,12 +14,6 @@ from file_server import CONTENT, SHA, Server, running
 from vlm.data import download as download_module
 from vlm.data.download import RETRIES, fetch
 from vlm.errors import VlmError
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
 
 
 def test_a_file_is_fetched_whole_and_checked(server: Server, tmp_path: Path) -> None:

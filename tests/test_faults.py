@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training_parts import assert_same_runs, caption_benchmark, conversations, tiny_recipe, train_command, weights
+from training_parts import (
+    assert_same_runs,
+    caption_benchmark,
+    conversations,
+    tiny_recipe,
+    train_command,
+    train_until,
+    weights,
+)
 
 from vlm import VlmError, train
 from vlm.recipe import Recipe
@@ -153,17 +161,10 @@ def test_a_batch_that_is_not_finite_is_skipped_and_the_run_goes_on_also_when_res
             trainer.source.load_picture = lambda path, step, good=good: (  # type: ignore[misc]
                 good(path, step) * (float("nan") if step in (1, 2) else 1.0)
             )
-            original = trainer.train_step
-
-            def stopping(*given: Any, trainer: Trainer = trainer, original: Any = original, stop: int = stop) -> Any:
-                trainer.stopping = trainer.step == stop
-                return original(*given)
-
-            trainer.train_step = stopping  # type: ignore[method-assign]
-            trainer.train()
+            train_until(trainer, stop)
 
     run("through", 99)
-    run("resumed", 1)  # between the two bad batches
+    run("resumed", 2)  # between the two bad batches
     lines = [json.loads(line) for line in (tmp_path / "through" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("skipped")] == [2, 3]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "through").values())
@@ -178,15 +179,7 @@ def test_bad_steps_in_a_row_are_counted_over_a_resume(
         trainer = Trainer(recipe, resume, quiet=True)
         trainer.source.load_picture = lambda path, step: torch.full((16, 32), float("nan"))
         if not resume:
-            trainer.stopping = False
-            original = trainer.train_step
-
-            def stopping(*given: Any, trainer: Trainer = trainer, original: Any = original) -> Any:
-                trainer.stopping = True
-                return original(*given)
-
-            trainer.train_step = stopping  # type: ignore[method-assign]
-            assert trainer.train().steps == 1
+            assert train_until(trainer, 1).steps == 1
         else:
             with pytest.raises(VlmError, match="2 steps in a row"):
                 trainer.train()
@@ -200,14 +193,7 @@ def test_a_clock_that_jumps_changes_nothing(
     monkeypatch.setattr(time, "time", lambda: real() + (-1e8 if next(calls) % 2 else 1e8))
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "jumping")
     trainer = Trainer(recipe, quiet=True)
-    original = trainer.train_step
-
-    def stopping(samples: Any, upcoming: Any) -> Any:
-        trainer.stopping = trainer.step == 3
-        return original(samples, upcoming)
-
-    trainer.train_step = stopping  # type: ignore[method-assign]
-    trainer.train()
+    train_until(trainer, 4)
     # The newest is the one of most steps, whatever the times of files say.
     for age, folder in enumerate(sorted((tmp_path / "jumping" / "checkpoints").iterdir())):
         os.utime(folder, (1e9 - age * 1e6, 1e9 - age * 1e6))

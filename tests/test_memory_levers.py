@@ -91,8 +91,8 @@ def test_activations_that_wait_elsewhere_come_back_as_they_were(tiny_folder, tmp
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
-def test_offload_without_a_gpu_is_one_line(tiny_folder, tmp_path):
+def test_offload_without_a_gpu_is_one_line(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recipe = tiny_recipe(tiny_folder, conversations(tmp_path / "data"), tmp_path / "run", cpu_offload=True)
     with pytest.raises(VlmError, match=r"train\.cpu_offload: training runs on cpu"):
         train(recipe, quiet=True)
@@ -106,9 +106,9 @@ def test_a_run_with_offload_is_the_run_without(tiny_folder, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "with"), losses(tmp_path / "without"), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a CUDA device")
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
-def test_quantization_without_a_gpu_is_one_line(tiny_folder, kind):
+def test_quantization_without_a_gpu_is_one_line(tiny_folder, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(VlmError, match=rf"quantization: {kind}: .* CUDA device") as raised:
         generative_model(tiny_folder, "llama", language={"quantization": kind})
     assert "\n" not in str(raised.value)

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from archives import zipped
-from file_server import Server, running
+from file_server import Server
 from typer.testing import CliRunner
 
 from vlm.cli.data import app
@@ -16,12 +15,6 @@ from vlm.data.catalogue import load_dataset, load_spec
 from vlm.data.prepare import check, prepare, status
 from vlm.errors import VlmError
 from vlm.schema import dump_yaml
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ hand, checked and read, by the YAML file as it is shipped but for addresses, siz
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from file_server import Server, running
+from file_server import Server
 from published_copies import COPIES
 from published_files import packed, told
 
@@ -24,12 +23,6 @@ from vlm.paths import find_yaml, read_yaml, yaml_names
 from vlm.schema import dump_yaml
 
 _IN_PACKAGES = {"easy_vqa", "easy_vqa_captions", "openmoji"}
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
 
 
 @pytest.fixture(autouse=True)

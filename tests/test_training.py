@@ -15,6 +15,7 @@ from training_parts import (
     tiny_recipe,
     train_command,
     train_in_processes,
+    train_until,
     weights,
 )
 
@@ -89,15 +90,7 @@ def test_an_interrupted_run_goes_on_exactly(tiny_folder, data, tmp_path):
     train(tiny_recipe(tiny_folder, data, tmp_path / "through"), quiet=True)
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "halves")
     trainer = Trainer(recipe, quiet=True)
-    original = trainer.train_step
-
-    def stopping(samples, upcoming):
-        if trainer.step == 4:
-            trainer.stopping = True  # what SIGTERM does
-        return original(samples, upcoming)
-
-    trainer.train_step = stopping
-    assert not trainer.train().finished
+    assert not train_until(trainer, 5).finished
     assert newest_checkpoint(tmp_path / "halves" / "checkpoints").step == 5
     assert train(recipe, resume=True, quiet=True).finished
     assert_same_runs(tmp_path / "through", tmp_path / "halves", rtol=0, atol=0)

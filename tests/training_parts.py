@@ -13,6 +13,7 @@ import yaml
 from generative_parts import generative_spec, pictures
 
 from vlm.recipe import Recipe
+from vlm.training.loop import Trainer, TrainResult
 
 # An eps of Adam far above rounding: a gradient that is rounding alone makes no step, so that two ways to compute one
 # run end with the same weights.
@@ -75,6 +76,18 @@ def losses(folder: Path) -> list[float]:
     """The loss of each logged step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line and not line.get("skipped")]
+
+
+def train_until(trainer: Trainer, steps: int) -> TrainResult:
+    """Train as if SIGTERM came in the step that makes it `steps`."""
+    original = trainer.train_step
+
+    def stopping(*given: Any) -> dict[str, float]:
+        trainer.stopping = trainer.step + 1 == steps
+        return original(*given)
+
+    trainer.train_step = stopping  # type: ignore[method-assign]
+    return trainer.train()
 
 
 def assert_same_runs(one: Path, other: Path, **tolerance: float) -> None:
