@@ -28,46 +28,43 @@ def canonical_projections(pairs: Iterable[tuple[Tensor, Tensor]], width: int, ri
     Projected features have mean zero and a root mean square length of one on the pairs.
     Raises VlmError for more directions than the narrower side has, and for fewer than two pairs.
     """
-    count, means, products = _moments(pairs)
+    count, mean, covariance, images = _moments(pairs)
     if count < 2:
         raise VlmError(f"bridge.start: canonical: {count} training pairs have no correlation")
-    covariance = {
-        (a, b): products[a, b] / count - means[a][:, None] * means[b] for a, b in ((0, 0), (1, 1), (0, 1))
-    }  # [D,D], [T,T], [D,T]
-    most = min(covariance[0, 1].shape)
-    if width > most:
+    sides = slice(None, images), slice(images, None)
+    between = covariance[sides[0], sides[1]]  # [Di, Dt]
+    if width > min(between.shape):
+        most = min(between.shape)
         raise VlmError(f"bridge.start: canonical: gives at most {most} directions here; set bridge.width to no more")
-    roots = [_inverse_root(covariance[side, side], ridge) for side in (0, 1)]
-    left, correlations, right = torch.linalg.svd(roots[0] @ covariance[0, 1] @ roots[1], full_matrices=False)
+    within = [covariance[side, side] for side in sides]  # [Di, Di], [Dt, Dt]
+    roots = [_inverse_root(own, ridge) for own in within]
+    left, correlations, right = torch.linalg.svd(roots[0] @ between @ roots[1], full_matrices=False)
     # A direction may as well point the other way; which one may not depend on rounding.
     largest = left.abs().argmax(0, keepdim=True)  # [1, E]
     signs = left.gather(0, largest).sign()[0]
     left, right = left * signs, right * signs[:, None]
     made = []
-    for side, directions in enumerate((left, right.T)):
-        weight = ((roots[side] @ directions) * correlations)[:, :width].T  # [E, D]
-        length = ((weight @ covariance[side, side]) * weight).sum().sqrt().clamp(min=1e-12)
-        weight = weight / length
-        made.append(Affine(weight.float(), -(weight @ means[side]).float()))
+    for side, own, root, directions in zip(sides, within, roots, (left, right.T), strict=True):
+        weight = ((root @ directions) * correlations)[:, :width].T  # [E, D]
+        weight = weight / ((weight @ own) * weight).sum().sqrt().clamp(min=1e-12)
+        made.append(Affine(weight.float(), -(weight @ mean[side]).float()))
     return made[0], made[1]
 
 
-def _moments(
-    pairs: Iterable[tuple[Tensor, Tensor]],
-) -> tuple[int, dict[int, Tensor], dict[tuple[int, int], Tensor]]:
-    """Number of pairs, mean of each side, sums of products of sides."""
-    count = 0
-    sums: dict[int, Tensor] = {}
-    products: dict[tuple[int, int], Tensor] = {}
-    for pair in pairs:
-        sides = [features.double() for features in pair]
-        count += len(sides[0])
-        for side in (0, 1):
-            sums[side] = sums.get(side, torch.zeros((), device=sides[side].device)) + sides[side].sum(0)
-        for a, b in ((0, 0), (1, 1), (0, 1)):
-            product = sides[a].T @ sides[b]
-            products[a, b] = products[a, b].add_(product) if (a, b) in products else product
-    return count, {side: total / max(count, 1) for side, total in sums.items()}, products
+def _moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[int, Tensor, Tensor, int]:
+    """Number of pairs, mean [Di+Dt] and covariance [Di+Dt,Di+Dt] of both sides in one row, and Di."""
+    count = images = 0
+    sums, products = torch.zeros(0), torch.zeros(0, 0)
+    for image, text in pairs:
+        joined = torch.cat([image, text], 1).to("cpu", torch.float64)  # [b, Di+Dt]; not every accelerator has fp64
+        if not count:
+            images, width = image.shape[1], joined.shape[1]
+            sums, products = joined.new_zeros(width), joined.new_zeros(width, width)
+        count += len(joined)
+        sums += joined.sum(0)
+        products.addmm_(joined.T, joined)
+    mean = sums / max(count, 1)
+    return count, mean, products / max(count, 1) - mean[:, None] * mean, images
 
 
 def _inverse_root(covariance: Tensor, ridge: float) -> Tensor:

@@ -55,6 +55,14 @@ def read_json_list(file: Path) -> list[Any]:
     return content
 
 
+def list_in(content: Any, key: str, file: Path, layout: str) -> list[Any]:
+    """The list `key` of a mapping that was read from `file`. Raises VlmError that names the layout if there is none."""
+    items = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise VlmError(f"{file}: expected a list `{key}` in a mapping ({layout})")
+    return items
+
+
 def file_of(path: Path, split: str, suffixes: tuple[str, ...]) -> Path:
     """The file itself, or in a folder the file named after the split. Raises VlmError if the folder has none."""
     if not path.is_dir():

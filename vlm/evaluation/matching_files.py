@@ -45,8 +45,8 @@ def read_pairs(
         # Of a part of the data set the file may be about the whole.
         pairs, given, wanted = _sorted(rows, everything, everything)
         check_same_ids(given, wanted, str(path), "pair")
-        shown = set(listed(records)[0])
-        pairs = {key: pair for key, pair in pairs.items() if listed(everything)[0][pair.picture] in shown}
+        shown, paths = set(listed(records)[0]), listed(everything)[0]
+        pairs = {key: pair for key, pair in pairs.items() if paths[pair.picture] in shown}
     if not pairs:
         raise VlmError(f"{path}: none of {len(rows):,} pairs is about the {len(records):,} records")
     passed = {

@@ -192,12 +192,8 @@ def _text_encoder(name: str, layers: list[int] | None, depth: int | None) -> Tex
     part = parse_part_name(name, ("hf", "open_clip", "starter"))
     if part.source == "open_clip":
         text = _open_clip(part.reference, depth).text
-        return TextEncoder(
-            name,
-            join_text_layers(OpenClipTextTower(text), layers, name),
-            _no_tokens(text.context_length),
-            text.context_length,
-        )
+        tower = join_text_layers(OpenClipTextTower(text), layers, name)
+        return TextEncoder(name, tower, _no_tokens(text.context_length), text.context_length)
     config = find_config(_text_reference(part))
     config = getattr(config, "text_config", config)
     kind, context = config.model_type, int(config.max_position_embeddings)

@@ -14,6 +14,7 @@ from vlm.data.parsing import (
     checked_text,
     each_entry,
     file_of,
+    list_in,
     need_mapping,
     read_json,
 )
@@ -42,10 +43,7 @@ def read_textcaps(path: Path, split: str, images: Path | None) -> Iterator[Entry
     """
     file = file_of(path, split, (".json",))
     folder = images or file.parent
-    content = read_json(file)
-    items = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(items, list):
-        raise VlmError(f"{file}: expected a list `data` in a mapping (TextCaps)")
+    items = list_in(read_json(file), "data", file, "TextCaps")
     captions: dict[str, list[str]] = {}
     for number, item in enumerate(items, 1):
         try:

@@ -12,6 +12,7 @@ from vlm.data.parsing import (
     checked_text,
     each_entry,
     file_of,
+    list_in,
     most_frequent_first,
     need_mapping,
     read_json,
@@ -133,10 +134,7 @@ def read_textvqa(path: Path, split: str, images: Path | None) -> Iterator[Entry]
     """
     file = file_of(path, split, (".json",))
     folder = images or file.parent
-    content = read_json(file)
-    items = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(items, list):
-        raise VlmError(f"{file}: expected a list `data` in a mapping (TextVQA)")
+    items = list_in(read_json(file), "data", file, "TextVQA")
 
     found_words = _rosetta(file)
 

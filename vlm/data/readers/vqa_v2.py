@@ -15,6 +15,7 @@ from vlm.data.parsing import (
     checked_text,
     each_entry,
     file_of,
+    list_in,
     most_frequent_first,
     need_mapping,
     read_json,
@@ -44,7 +45,7 @@ def read_vqa_v2(path: Path, split: str, images: Path | None, questions: Path | N
         return
     answers: dict[str, Any] | None = None
     if isinstance(content, dict) and "annotations" in content:
-        annotations = _list_in(content, "annotations", file)
+        annotations = list_in(content, "annotations", file, "VQA")
         answers = {}
         for number, item in enumerate(annotations):
             if not isinstance(item, dict) or "question_id" not in item:
@@ -55,7 +56,7 @@ def read_vqa_v2(path: Path, split: str, images: Path | None, questions: Path | N
         content = read_json(file)
     elif questions is not None:
         raise VlmError(f"{file}: expected a mapping with a list `annotations` (VQA) beside the questions")
-    asked = _list_in(content, "questions", file)
+    asked = list_in(content, "questions", file, "VQA")
     yield from _official(file, asked, answers, str(content.get("data_subtype") or ""), picture_place(folder))
     if answers is not None:
         ids = {str(item.get("question_id")) for item in asked if isinstance(item, dict)}
@@ -138,13 +139,6 @@ def _list(file: Path, items: list[Any], place: Callable[[str, str], str]) -> Ite
         )
 
     yield from each_entry(file, items, record)
-
-
-def _list_in(content: Any, key: str, file: Path) -> list[Any]:
-    items = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(items, list):
-        raise VlmError(f"{file}: expected a list `{key}` in a mapping (VQA)")
-    return items
 
 
 def _questions_beside(annotations: Path) -> Path:
