@@ -1,12 +1,14 @@
 """Requests in several wordings (`data.train.N.prompts`): what is asked for, and how one is drawn."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from vlm import VlmError, load_recipe
 from vlm.data.records import Message, Record
 from vlm.data.samples import caption_samples, make_samples
+from vlm.data.templates import render
 from vlm.recipe import DataSpec
 from vlm.schema import validate
 
@@ -19,6 +21,7 @@ class Model:
         return [Message("user", "<image>"), Message("assistant", caption or "")]
 
 
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 ASKED = Record("1", images=("a.png",), question="What {colour} is it?", answers=("red", "pink"))
 
 
@@ -86,7 +89,12 @@ def test_a_model_that_is_asked_nothing_takes_no_wordings() -> None:
 
 def test_recipes_draw_as_published() -> None:
     """MiniGPT-4's four requests; InstructBLIP's 13 for captions, 10 for questions, and questions to given answers."""
-    (aligned,) = load_recipe("minigpt4_stage2").data.train
+    recipe = load_recipe("minigpt4_stage2")
+    (aligned,) = recipe.data.train
+    turns = [Message("user", aligned.prompts[0]), Message("assistant", "A cat.")]
+    told, (said,) = render(turns, recipe.model.template, SimpleNamespace(**dict.fromkeys(TOKENS)))
+    assert told == "###Human: <Img><image></Img> Describe this image in detail. ###Assistant: A cat.###"
+    assert told[slice(*said)] == "A cat.###"
     assert len(aligned.prompts) == 4
     mixed = load_recipe("instructblip").data.train
     assert {(s.use, len(s.prompts)) for s in mixed} >= {("captions", 13), ("vqa", 10), ("conversation", 0)}
