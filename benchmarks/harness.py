@@ -104,6 +104,9 @@ def _measure(script: Path, name: str, case: Case, repeats: int | None) -> dict[s
 
 
 def _run(case: Case, repeats: int | None) -> dict[str, Any]:
+    from vlm.training.memory import keep_freed_memory
+
+    keep_freed_memory()  # as training does; for both sides but one with a process of its own
     ours, theirs = case.ours(), case.theirs()
     first: tuple[list[float], list[float]] = ([], [])
     results = [_timed(step, into) for step, into in zip((ours, theirs), first)]  # also warms both up

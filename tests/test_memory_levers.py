@@ -153,7 +153,7 @@ from vlm.training.memory import keep_freed_memory
 
 def step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    made = [torch.ones(4_000_000) for _ in range(8)]
+    made = [torch.ones(4_000_000) for _ in range(8)] + [torch.ones(24_000_000)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 kept = keep_freed_memory()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vlm.bridges.dropout import dropout
 from vlm.bridges.qformer_layers import NORM_EPS, Attention, KeysValues, Part, QFormerLayer, QFormerSizes, Rows
+from vlm.bridges.shared_weights import Embedding
 from vlm.data.text_batch import TextBatch
 from vlm.data.unique_rows import take_rows
 from vlm.errors import VlmError
@@ -86,7 +87,7 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, vocabulary: int, positions: int, width: int) -> None:
         super().__init__()
-        self.words = nn.Embedding(vocabulary, width)
+        self.words = Embedding(vocabulary, width)
         self.positions = nn.Embedding(positions, width)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:

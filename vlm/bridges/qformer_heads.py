@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vlm.bridges.qformer import init_bert_weights
 from vlm.bridges.qformer_layers import NORM_EPS
+from vlm.bridges.shared_weights import linear
 
 TEMPERATURE, MIN_TEMPERATURE, MAX_TEMPERATURE = 0.07, 0.001, 0.5
 
@@ -21,7 +22,7 @@ class WordHead(nn.Module):
 
     def forward(self, states: Tensor, words: Tensor) -> Tensor:
         """States [...,D] and word embeddings [V,D] to logits [...,V]."""
-        return F.linear(self.norm(F.gelu(self.dense(states))), words, self.bias)
+        return linear(self.norm(F.gelu(self.dense(states))), words, self.bias)
 
 
 class QFormerHeads(nn.Module):

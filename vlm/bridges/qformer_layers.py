@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.bridges.dropout import add_dropped, attention_with_dropout
+from vlm.bridges.shared_weights import Linear
 from vlm.data.text_batch import TextBatch
 from vlm.data.unique_rows import take_rows
 
@@ -94,10 +95,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width_in, width)
-        self.value = nn.Linear(width_in, width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width_in, width)
+        self.value = Linear(width_in, width)
+        self.output = Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def split(self, states: Tensor) -> Tensor:
@@ -131,8 +132,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
+        self.up = Linear(width, inner)
+        self.down = Linear(inner, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, states: Tensor) -> Tensor:
