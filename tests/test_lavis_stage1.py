@@ -8,9 +8,10 @@ import torch
 from lavis_bundles import FirstStage, bundles, reading, stage_one
 from torch import Tensor
 
-from vlm.bridges.qformer import ImageKeysValues, QFormer, QueryStates
+from vlm.bridges.qformer import QFormer
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_keys import from_lavis, to_lavis
+from vlm.bridges.qformer_states import ImageKeysValues, QueryStates
 from vlm.data.text_batch import TextBatch
 from vlm.errors import VlmError
 from vlm.evaluation.reranking import rerank

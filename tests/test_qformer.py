@@ -1,6 +1,7 @@
 """The Q-Former bridge: BERT's weights, masks, packing, shared keys and values, sizes, bad input."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,27 @@ def test_many_texts_of_one_image_share_its_keys_and_values() -> None:
     shared = bridge.joint(image, texts)
     pairs = [bridge.joint(image.select([row // 3]), texts.select([row])) for row in range(6)]
     torch.testing.assert_close(shared, torch.cat(pairs), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("layers", [1, 4])
+def test_texts_begun_once_give_several_images_the_same(layers: int, every: int) -> None:
+    """And go through the first layer's self-attention and feed-forward net no more."""
+    bridge = random_qformer(replace(SIZES, layers=layers, cross_attention_every=every)).eval()
+    image, texts = bridge.image(image_tokens()), text_batch(2, 5, 4, 7)
+    begun = bridge.begin(texts)
+    first = bridge.layers[0]
+    rows: list[int] = []
+    hooks = [
+        part.register_forward_hook(lambda *_: rows.append(1))
+        for part in (first.self_attention.query, first.self_attention.key, first.text_ffn)
+    ]
+    found = [bridge.joint(image.select([i]), begun.select(chosen)) for i, chosen in ((0, [1, 3]), (2, [3, 0, 2]))]
+    for hook in hooks:
+        hook.remove()
+    assert not rows
+    for states, (i, chosen) in zip(found, ((0, [1, 3]), (2, [3, 0, 2]))):
+        torch.testing.assert_close(states, bridge.joint(image.select([i]), texts.select(chosen)), atol=1e-10, rtol=0)
 
 
 def test_each_pass_runs_only_its_own_feed_forward() -> None:

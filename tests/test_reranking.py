@@ -133,6 +133,27 @@ def test_each_pair_is_scored_once_and_each_picture_seen_twice(
     assert sorted(seen) == sorted([*paths, *paths])
 
 
+def test_texts_of_several_pictures_are_begun_once(
+    model: QFormerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are those of each pair alone, however many texts may be held at once; what none shares is not begun."""
+    paths = pictures(tmp_path, 5)
+    texts = [f"a {word} {thing}" for thing in THINGS for word in WORDS]
+    wanted = [[0, 5, 7], [7, 0], [1, 2, 3, 4, 5, 6], [20], [6, 20, 0]]
+    alone = [
+        [model.match_each([path], [texts[n]], [[0]])[0][0] for n in numbers] for path, numbers in zip(paths, wanted)
+    ]
+    begun: list[int] = []
+    plain = model.bridge.begin
+    monkeypatch.setattr(model.bridge, "begin", lambda some: begun.append(len(some)) or plain(some))
+    for most, counts in ((256, [9]), (6, [3, 3]), (1, [])):
+        monkeypatch.setattr("vlm.models.qformer_model.TEXT_CHUNK", most)
+        for logits, each in zip(model.match_each(paths, texts, wanted), alone, strict=True):
+            torch.testing.assert_close(logits, torch.stack(each), atol=1e-5, rtol=0)
+        assert begun == counts
+        begun.clear()
+
+
 def test_a_broken_picture_is_no_candidate(model: QFormerModel, tmp_path: Path) -> None:
     file, paths, _ = captioned(tmp_path)
     Path(paths[3]).write_bytes(b"no picture")

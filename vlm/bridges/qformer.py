@@ -6,80 +6,20 @@ every pass: queries alone, queries with any number of texts, and texts behind th
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.bridges.dropout import dropout
-from vlm.bridges.qformer_layers import NORM_EPS, Attention, KeysValues, Part, QFormerLayer, QFormerSizes, Rows
+from vlm.bridges.qformer_layers import NORM_EPS, Attention, KeysValues, Looks, Part, QFormerLayer, QFormerSizes, Rows
+from vlm.bridges.qformer_states import BegunTexts, ImageKeysValues, QueryStates
 from vlm.bridges.shared_weights import Embedding
 from vlm.data.text_batch import TextBatch
-from vlm.data.unique_rows import take_rows
 from vlm.errors import VlmError
 
 IMAGE_NORM_EPS = 1e-5
 INIT_STD = 0.02  # BERT's
-
-
-@dataclass(frozen=True)
-class ImageKeysValues:
-    """What the cross-attention of every layer needs of B images; None for layers that do not look at the image."""
-
-    layers: tuple[KeysValues | None, ...]
-
-    def __len__(self) -> int:
-        return next(len(layer[0]) for layer in self.layers if layer is not None)
-
-    def joined(self, other: "ImageKeysValues") -> "ImageKeysValues":
-        """These images, and those of `other` behind them."""
-        both = zip(self.layers, other.layers)
-        return ImageKeysValues(
-            tuple(one and two and (torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])) for one, two in both)
-        )
-
-    def select(self, rows: Sequence[int]) -> "ImageKeysValues":
-        """The images of these numbers, in this order."""
-        if list(rows) == list(range(len(self))):
-            return self
-        keys = next(layer[0] for layer in self.layers if layer is not None)
-        index = torch.tensor(rows, dtype=torch.long, device=keys.device)
-        take = take_rows if len(set(rows)) == len(rows) else _select
-        return ImageKeysValues(tuple(layer and (take(layer[0], index), take(layer[1], index)) for layer in self.layers))
-
-    def split(self, sizes: Sequence[int]) -> list["ImageKeysValues"]:
-        """So many images each, one behind the other."""
-        if len(sizes) == 1:
-            return [self]
-        parts: list[list[KeysValues | None]] = [[] for _ in sizes]
-        for layer in self.layers:
-            pieces = zip(*(x.split(list(sizes)) for x in layer)) if layer is not None else [None] * len(sizes)
-            for part, piece in zip(parts, pieces):
-                part.append(piece)
-        return [ImageKeysValues(tuple(part)) for part in parts]
-
-
-@dataclass(frozen=True)
-class QueryStates:
-    """Output of the queries alone [B,Q,D], and each layer's self-attention keys and values, which texts may see."""
-
-    states: Tensor
-    keys_values: tuple[KeysValues, ...]
-
-    def select(self, rows: Sequence[int]) -> "QueryStates":
-        """The images of these numbers, in this order. Layers that are the same for all images stay as they are."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.states.device)
-        several = len(self.states) > 1
-        chosen = tuple(
-            (_select(keys, index), _select(values, index)) if several and len(keys) > 1 else (keys, values)
-            for keys, values in self.keys_values
-        )
-        return QueryStates(_select(self.states, index), chosen)
-
-
-def _select(values: Tensor, places: Tensor) -> Tensor:
-    return values.index_select(0, places)
 
 
 class TextEmbeddings(nn.Module):
@@ -176,13 +116,24 @@ class QFormer(nn.Module):
         (states, first, words), kept = self._run(start, parts, [(image, 1)], keep=True)
         return QueryStates(states.unflatten(0, (-1, self.num_queries)), kept), first, words
 
-    def joint(self, image: ImageKeysValues, texts: TextBatch) -> Tensor:
+    def joint(self, image: ImageKeysValues, texts: TextBatch | BegunTexts) -> Tensor:
         """Queries and texts that see each other in both directions: the queries' states [P,Q,D].
 
         P texts, a multiple m of the images; texts m*i to m*i+m-1 go with image i. InstructBLIP's instruction-aware
         queries (Dai et al. 2023, section 2.3) are this with the instruction as text.
         """
         return self._joint(self._alike(image, texts), texts)[0]
+
+    def begin(self, texts: TextBatch) -> BegunTexts:
+        """For `joint`: texts and queries up to where queries first look at an image, to be shared by several images.
+
+        The first layer's self-attention, and all that texts do in that layer. In eval mode: dropout would be shared.
+        """
+        layer, count = self.layers[0], self.num_queries
+        start = [self._start(len(texts)), *self._embed(texts)]
+        rows, _, _ = layer.attend(start, self._both(texts))
+        queries, states = rows.split([len(texts) * count, len(rows) - len(texts) * count])
+        return BegunTexts(texts, queries.unflatten(0, (-1, count)), texts.unpack(layer.text_ffn(states)))
 
     def pairs(self, image: ImageKeysValues, slots: Sequence[int], texts: TextBatch) -> Tensor:
         """As `joint` for any pairs: text i goes with the image of number `slots[i]`. The queries' states [P,Q,D].
@@ -234,7 +185,7 @@ class QFormer(nn.Module):
         states, kept = self._run(self._embed(batch, start=position), [Part(batch, (0,))], prefixes=prefixes, keep=True)
         return states[0], list(kept)
 
-    def _alike(self, image: ImageKeysValues, texts: TextBatch) -> list[tuple[ImageKeysValues, int]]:
+    def _alike(self, image: ImageKeysValues, texts: TextBatch | BegunTexts) -> list[tuple[ImageKeysValues, int]]:
         """Images with the same number of texts each."""
         if not len(texts) or len(texts) % len(image):
             raise VlmError(f"Q-Former: {len(texts)} texts for {len(image)} images; expected a multiple of them")
@@ -245,10 +196,21 @@ class QFormer(nn.Module):
         """Queries that see themselves."""
         return Part(Rows(self.num_queries), (0,), queries=True)
 
+    def _both(self, texts: TextBatch, mask: Tensor | None = None, text_output: bool = False) -> list[Part]:
+        """Queries and texts that see each other; mask as in `joint_with_text`."""
+        count = self.num_queries
+        if mask is None and texts.padded:
+            mask = F.pad(texts.mask, (count, 0), value=True)[:, None, None]  # [P, 1, 1, Q + T]
+        masks = [mask, mask] if mask is None or mask.shape[2] == 1 else [mask[:, :, :count], mask[:, :, count:]]
+        return [
+            Part(Rows(count), (0, 1), queries=True, mask=masks[0]),
+            Part(texts, (0, 1), mask=masks[1], read="all" if text_output else "none"),
+        ]
+
     def _joint(
         self,
         groups: Sequence[tuple[ImageKeysValues, int]],
-        texts: TextBatch,
+        texts: TextBatch | BegunTexts,
         mask: Tensor | None = None,
         text_output: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -256,16 +218,14 @@ class QFormer(nn.Module):
 
         groups: images, and how many texts each of them has. mask: as in `joint_with_text`.
         """
-        count = self.num_queries
-        if mask is None and texts.padded:
-            mask = F.pad(texts.mask, (count, 0), value=True)[:, None, None]  # [P, 1, 1, Q + T]
-        masks = [mask, mask] if mask is None or mask.shape[2] == 1 else [mask[:, :, :count], mask[:, :, count:]]
-        parts = [
-            Part(Rows(count), (0, 1), queries=True, mask=masks[0]),
-            Part(texts, (0, 1), mask=masks[1], read="all" if text_output else "none"),
-        ]
-        states, _ = self._run([self._start(len(texts)), *self._embed(texts)], parts, groups)
-        return states[0].unflatten(0, (-1, count)), states[-1]
+        if isinstance(texts, BegunTexts):
+            parts, first = self._both(texts.texts), 1
+            start = [self.layers[0].read_image(texts.queries, _looks(groups, 0)), texts.packed]
+        else:
+            parts, first = self._both(texts, mask, text_output), 0
+            start = [self._start(len(texts)), *self._embed(texts)]
+        states, _ = self._run(start, parts, groups, first=first)
+        return states[0].unflatten(0, (-1, self.num_queries)), states[-1]
 
     def _run(
         self,
@@ -274,16 +234,18 @@ class QFormer(nn.Module):
         groups: Sequence[tuple[ImageKeysValues, int]] = (),
         prefixes: Sequence[KeysValues] | None = None,
         keep: bool = False,
+        first: int = 0,
     ) -> tuple[list[Tensor], tuple[KeysValues, ...]]:
         """All layers over packed states [N,D] of each part; with `keep`, the first part's keys and values in each.
 
         groups: images, and how many texts each of them has. prefixes: what all see in front of their own in each layer.
+        first: the layer that the states stand before.
         """
         kept = []
-        for number, layer in enumerate(self.layers):
-            seen = [(*kv, each) for image, each in groups if (kv := image.layers[number]) is not None]
+        for number in range(first, len(self.layers)):
             prefix = prefixes[number] if prefixes is not None else None
-            states, keys_values = layer(states, parts, seen, prefix, last=number == len(self.layers) - 1)
+            last = number == len(self.layers) - 1
+            states, keys_values = self.layers[number](states, parts, _looks(groups, number), prefix, last)
             if keep:
                 kept.append(keys_values[0])
         return states, tuple(kept)
@@ -312,6 +274,11 @@ class QFormer(nn.Module):
         length = texts.ids.shape[1]
         past = torch.ones(length, length, dtype=torch.bool, device=texts.ids.device).tril()
         return F.pad(past, (self.num_queries, 0), value=True)[None, None]
+
+
+def _looks(groups: Sequence[tuple[ImageKeysValues, int]], number: int) -> Looks:
+    """What a layer sees of images that have so many texts each."""
+    return [(*kv, each) for image, each in groups if (kv := image.layers[number]) is not None]
 
 
 def _padding(texts: TextBatch) -> Tensor | None:

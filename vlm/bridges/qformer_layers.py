@@ -161,7 +161,7 @@ class QFormerLayer(nn.Module):
         self,
         states: Sequence[Tensor],
         parts: Sequence[Part],
-        image: Looks | None = None,
+        image: Looks = (),
         prefix: KeysValues | None = None,
         last: bool = False,
     ) -> tuple[list[Tensor], list[KeysValues]]:
@@ -172,6 +172,21 @@ class QFormerLayer(nn.Module):
         with the first group, of them the first m with its first image, and so on.
         prefix: keys and values that every part sees in front of its own. last: give what is read behind the last layer.
         """
+        rows, sizes, kept = self.attend(states, parts, prefix, last)
+        if not parts[0].queries:
+            return self._read_texts(rows, sizes), kept
+        queries, texts = rows.split([sizes[0], len(rows) - sizes[0]])
+        read = self.read_image(parts[0].layout.unpack(queries), image)
+        return [read, *self._read_texts(texts, sizes[1:])], kept
+
+    def attend(
+        self,
+        states: Sequence[Tensor],
+        parts: Sequence[Part],
+        prefix: KeysValues | None = None,
+        last: bool = False,
+    ) -> tuple[Tensor, list[int], list[KeysValues]]:
+        """Self-attention of `forward`: joined states of the parts that are read on, their rows, keys and values."""
         attention = self.self_attention
         rows, sizes = _join(states), [len(x) for x in states]
         keys, values = (
@@ -194,26 +209,24 @@ class QFormerLayer(nn.Module):
             residuals.append(x)
         if any(x is not before for x, (_, before) in zip(residuals, asking)):
             rows = _join(residuals)
-        rows = attention.finish(_join(attended), rows)
-        if not asking[0][0].queries:
-            return self._read_texts(rows, attended), kept
-        queries, texts = rows.split([len(attended[0]), len(rows) - len(attended[0])])
-        states = self.query_ffn(self._look(asking[0][0].layout.unpack(queries), image)).flatten(0, 1)
-        return [states, *self._read_texts(texts, attended[1:])], kept
+        return attention.finish(_join(attended), rows), [len(x) for x in attended], kept
 
-    def _read_texts(self, rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        """The feed-forward net of texts over all of their rows, split as `like` is."""
-        if not like:
+    def read_image(self, queries: Tensor, image: Looks) -> Tensor:
+        """What queries [P,Q,D] do behind self-attention: they look at the images, and pass their feed-forward net."""
+        return self.query_ffn(self._look(queries, image)).flatten(0, 1)
+
+    def _read_texts(self, rows: Tensor, sizes: list[int]) -> list[Tensor]:
+        """The feed-forward net of texts over all of their rows, split into these sizes."""
+        if not sizes:
             return []
         assert self.text_ffn is not None
-        return list(self.text_ffn(rows).split([len(x) for x in like]))
+        return list(self.text_ffn(rows).split(sizes))
 
-    def _look(self, queries: Tensor, image: Looks | None) -> Tensor:
+    def _look(self, queries: Tensor, image: Looks) -> Tensor:
         """Cross-attention to images, [P,Q,D]: queries [P,Q,D] in the order of the images' texts, or [1,Q,D] for all."""
         attention = self.cross_attention
         if attention is None:
             return queries
-        assert image is not None
         rows = [len(keys) * each for keys, _, each in image]
         q = attention.split(attention.query(queries)).expand(sum(rows), -1, -1, -1)  # [P, h, Q, d]
         parts = []

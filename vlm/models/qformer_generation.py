@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from vlm.bridges.qformer import QFormer, QueryStates
+from vlm.bridges.qformer import QFormer
 from vlm.bridges.qformer_heads import WordHead
+from vlm.bridges.qformer_states import QueryStates
 
 
 class _Config(PretrainedConfig):

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.backbones.image import ImageEncoder
-from vlm.bridges.qformer import ImageKeysValues, QFormer, QueryStates
+from vlm.bridges.qformer import QFormer
 from vlm.bridges.qformer_heads import QFormerHeads
 from vlm.bridges.qformer_init import QFormerTokenizer
+from vlm.bridges.qformer_states import BegunTexts, ImageKeysValues, QueryStates
 from vlm.data.feature_cache import PictureFeatures, frozen_features
 from vlm.data.images import as_list, load_image
 from vlm.data.pairs import PairBatch, pair_batch
@@ -279,13 +280,29 @@ class QFormerModel(TaskModel):
         batch = self.tokenize(_texts([texts[number] for number in numbers], "match_each"))
         found: list[Tensor] = []
         for part in _chunks(list(range(len(pictures))), IMAGE_CHUNK):
-            seen = self.see([pictures[i] for i in part])
-            for row, i in enumerate(part):
-                asked = batch.select([place[number] for number in wanted[i]])
-                found.append(self.match_logits_of(seen.select([row]), asked))
+            asked = [[place[number] for number in wanted[i]] for i in part]
+            found += self.match_logits_each(self.see([pictures[i] for i in part]), batch, asked)
         return found
 
-    def match_logits_of(self, image: ImageKeysValues, texts: TextBatch, chunk: int = PAIR_CHUNK) -> Tensor:
+    def match_logits_each(
+        self, image: ImageKeysValues, texts: TextBatch, wanted: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Logits (no match, match) [P_i,2] of image i with the texts of the numbers `wanted[i]`, for inference.
+
+        Images take turns in groups whose texts are begun once for all of the group.
+        """
+        alone = image.split([1] * len(image))
+        found = []
+        for group in _sharing(wanted, TEXT_CHUNK):
+            numbers = sorted({number for i in group for number in wanted[i]})
+            place = {number: row for row, number in enumerate(numbers)}
+            some = texts.select(numbers)
+            shared = self.bridge.begin(some) if sum(len(wanted[i]) for i in group) > len(numbers) else some
+            for i in group:
+                found.append(self.match_logits_of(alone[i], shared.select([place[number] for number in wanted[i]])))
+        return found
+
+    def match_logits_of(self, image: ImageKeysValues, texts: TextBatch | BegunTexts, chunk: int = PAIR_CHUNK) -> Tensor:
         """Logits (no match, match) [P,2] of one image with each of P texts."""
         # Texts of a length go together, so that little padding is attended to.
         order = sorted(range(len(texts)), key=lambda i: texts.lengths[i])
@@ -343,6 +360,19 @@ class QFormerModel(TaskModel):
 
 def _chunks(items: Sequence[Any], size: int) -> list[list[Any]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _sharing(wanted: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Images in turn, in groups that want no more than so many texts together, or of one image."""
+    groups: list[list[int]] = []
+    texts: set[int] = set()
+    for image, numbers in enumerate(wanted):
+        if not groups or len(texts | set(numbers)) > most:
+            groups.append([])
+            texts = set()
+        groups[-1].append(image)
+        texts |= set(numbers)
+    return groups
 
 
 def _texts(texts: str | Sequence[str], task: str) -> list[str]:
