@@ -5,7 +5,7 @@ encoder included; the same parameters learn: the projection, and LoRA of rank 16
 gets what its collators make: samples padded to the longest.
 
 `python benchmarks/instruct_step.py peak` prints which share of the measured matrix-multiply peak a step of the
-starter's second stage reaches.
+starter's second stage reaches; changes to its recipe may follow, such as `train.batch_size=16 train.compile=true`.
 """
 
 import sys
@@ -140,7 +140,7 @@ def case(image_tokens: int, lora: bool) -> Case:
     )
 
 
-def print_peak_share(steps: int = 6) -> None:
+def print_peak_share(changes: list[str], warm_up: int = 8, steps: int = 8) -> None:
     """The share of the matrix-multiply peak in steps of the starter's second stage, caches warm."""
     import tempfile
     import time
@@ -150,14 +150,13 @@ def print_peak_share(steps: int = 6) -> None:
     from vlm.training.meter import matmul_peak
 
     with tempfile.TemporaryDirectory() as folder:
-        changes = [f"output={folder}/run", "init_from=null", "train.steps=100"]
-        trainer = Trainer(load_recipe("starter/llava_finetune", changes), quiet=True)
+        own = [f"output={folder}/run", "init_from=null", "train.steps=100"]
+        trainer = Trainer(load_recipe("starter/llava_finetune", own + changes), quiet=True)
         trainer.model.train()
         device = torch.device("cpu")
         matmul_peak(device, torch.float32)  # before and after, lest another's work during one of them count
-        batches = [trainer._samples(step) for step in range(steps + 3)]
-        for number, batch in enumerate(batches):
-            if number == 2:  # warm
+        for number, batch in enumerate([trainer._samples(step) for step in range(warm_up + steps)]):
+            if number == warm_up:
                 trainer.meter.reset()
                 start = time.perf_counter()
             trainer.train_step(batch)
@@ -165,14 +164,14 @@ def print_peak_share(steps: int = 6) -> None:
         seconds = time.perf_counter() - start
         peak = matmul_peak(device, torch.float32)
         share = trainer.meter.operations / seconds / peak
-        rate, a_step = trainer.meter.tokens / seconds, seconds / (steps + 1)
+        rate, a_step = trainer.meter.tokens / seconds, seconds / steps
         print(f"starter/llava_finetune: {rate:,.0f} tokens/s, {a_step:.3f} s a step, {share:.0%} of the peak", end="")
         print(f" of {peak / 1e9:,.0f} GFLOP/s that a matrix product reaches")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["peak"]:
-        print_peak_share()
+    if sys.argv[1:2] == ["peak"]:
+        print_peak_share(sys.argv[2:])
     else:
         cases = {f"projection and LoRA, {count} image tokens": case(count, lora=True) for count in (64, 16)}
         cases["projection and language model, 64 image tokens"] = case(64, lora=False)

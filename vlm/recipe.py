@@ -125,6 +125,7 @@ class TrainSection(Strict):
     questions. micro_batch_size: samples that go through the model at once (memory); the result does not depend on it.
     cpu_offload: what the forward pass keeps for the backward pass waits in the CPU's memory (CUDA only).
     fsdp: share weights, gradients and optimiser among processes (full shard), where they do not fit on one.
+    compile: transformer layers that gradients flow through run compiled; pays where a run takes an hour.
     gradient_checkpointing: compute the inside of transformer layers again in the backward pass (memory for time).
     """
 
@@ -134,6 +135,7 @@ class TrainSection(Strict):
     epochs: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Precision = "auto"
+    compile: bool = False
     gradient_checkpointing: bool = False
     cpu_offload: bool = False
     fsdp: bool = False

@@ -19,6 +19,7 @@ from vlm.models.sharded import load_optimizer_state, whole_optimizer_state
 from vlm.models.starting import start_from
 from vlm.recipe import Recipe
 from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
+from vlm.training.compiling import compile_layers
 from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers, keep_freed_memory
 from vlm.training.meter import Meter, matmul_peak, peak_memory
 from vlm.training.optimiser import build_optimizer, gradient_norm, schedule_factor, set_learning_rate
@@ -92,6 +93,8 @@ class Trainer:
             keep_freed_memory()
         if recipe.train.cpu_offload:
             check_offload(self.device)
+        if recipe.train.compile:
+            compile_layers(self.model)
         if recipe.train.gradient_checkpointing:
             checkpoint_layers(self.model)
         with self._one_at_a_time():

@@ -40,14 +40,19 @@ def checkpoint_layers(model: nn.Module) -> int:
     stay in eval mode; this one works wherever gradients are asked for. Random states are restored, so dropout draws the
     same again. Raises VlmError if the model has no layer that can be computed again.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = transformer_layers(model)
     if not layers:
         raise VlmError("train.gradient_checkpointing: no part of this model has layers of transformers to checkpoint")
     for layer in layers:
         layer.forward = _checkpointed(layer.forward)
     return len(layers)
+
+
+def transformer_layers(model: nn.Module) -> list[Any]:
+    """All layers of transformers' models that can be checkpointed one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _checkpointed(forward: Any) -> Any:
