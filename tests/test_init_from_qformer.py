@@ -1,6 +1,6 @@
 """BLIP-2's second stage starts from a run of the first: what is taken, left out by rule, new, and missing."""
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from dual_parts import captions
-from generative_parts import generative_spec
+from generative_parts import generative_spec, pictures
 from safetensors.torch import load_file, save_file
 from test_qformer_model import qformer_recipe, qformer_spec
-from training_parts import STEADY_EPS, weights
+from training_parts import STEADY_EPS, losses, weights
 
 from vlm import VlmError, load_model, train
 from vlm.recipe import Recipe
@@ -25,10 +25,12 @@ def first(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "first"
 
 
-def second(tiny_folder: Callable[..., Path], first: Path, **bridge: Any) -> Recipe:
+def second(
+    tiny_folder: Callable[..., Path], first: Path, kind: str = "opt", template: str = "blip2_opt", **bridge: Any
+) -> Recipe:
     stage_one = qformer_spec(tiny_folder)
     shared = {key: value for key, value in stage_one["bridge"].items() if key != "embed_width"}
-    spec = generative_spec(tiny_folder, "opt", template="blip2_opt").model_dump(mode="json")
+    spec = generative_spec(tiny_folder, kind, template=template).model_dump(mode="json")
     return Recipe.model_validate(
         {
             "model": {
@@ -37,8 +39,8 @@ def second(tiny_folder: Callable[..., Path], first: Path, **bridge: Any) -> Reci
                 "bridge": {**shared, "type": "qformer", **bridge},
             },
             "data": {"train": [{"dataset": str(first.parent / "data" / "train.jsonl"), "format": "captions_jsonl"}]},
-            "optimizer": {"lr": 1e-3, "eps": STEADY_EPS},
-            "train": {"batch_size": 4, "steps": 2, "log_every": 1},
+            "optimizer": {"lr": 1e-2, "eps": STEADY_EPS},
+            "train": {"batch_size": 4, "steps": 9, "log_every": 1},
             "init_from": str(first),
             "output": str(first.parent / ("second" + "".join(bridge))),
         }
@@ -64,9 +66,40 @@ def test_stage_two_takes_the_queries_and_leaves_the_texts(
         name.startswith(("heads.", "bridge.embeddings.")) or ".text_ffn." in name for name in given.keys() - taken
     )
     assert trainer.train().finished
-    lines = [json.loads(text) for text in (trainer.folder.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    told = losses(trainer.folder.path)
+    assert sum(told[-3:]) < sum(told[:3])  # the same pairs in both
     assert load_model(trainer.folder.path).spec.bridge.type == "qformer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "bridge"),
+    [
+        ("opt", "blip2_opt", {}),
+        ("t5", "blip2_t5", {}),
+        ("llama", "minigpt4", {}),
+        ("llama", "instructblip", {"instruction": True}),
+    ],
+)
+def test_a_second_stage_is_loaded_from_its_model_folder_alone(
+    tiny_folder: Callable[..., Path], first: Path, tmp_path: Path, kind: str, template: str, bridge: dict[str, Any]
+) -> None:
+    """Neither recipe nor checkpoints nor the first stage's run are there any more."""
+    trainer = Trainer(second(tiny_folder, first, kind, template, **bridge))
+    trainer.train()
+    images = pictures(tmp_path, 2)
+
+    def told(model: Any) -> tuple[Any, ...]:
+        answers = model.answer(images, ["what color?", "what shape?"], max_new_tokens=5)
+        return model.caption(images, max_new_tokens=5), answers, model.score(images, ["a cat", "a red chair"]).tolist()
+
+    wanted = told(trainer.model.eval())
+    alone = tmp_path / "elsewhere"
+    shutil.move(trainer.folder.path / "model", alone / "model")
+    shutil.rmtree(trainer.folder.path)
+    shutil.rmtree(first)
+    captions, answers, scores = told(load_model(alone, "cpu", "fp32"))
+    assert (captions, answers) == wanted[:2]
+    assert scores == pytest.approx(wanted[2], abs=1e-4)
 
 
 def test_another_number_of_queries_is_an_error(tiny_folder: Callable[..., Path], first: Path) -> None:

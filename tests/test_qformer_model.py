@@ -35,7 +35,7 @@ def qformer_spec(tiny_folder: Callable[..., Path], **bridge: Any) -> dict[str, A
 def qformer_recipe(tiny_folder: Callable[..., Path], file: Path, output: Path, **options: Any) -> Recipe:
     content: dict[str, Any] = {
         "model": qformer_spec(tiny_folder),
-        "objectives": STAGE_ONE,
+        "objectives": options.pop("objectives", STAGE_ONE),
         "data": {"train": [{"dataset": str(file), "format": "captions_jsonl"}], **options.pop("data", {})},
         "optimizer": {"lr": 3e-3, "eps": STEADY_EPS},
         "train": {"batch_size": 6, "steps": 4, "log_every": 1, "checkpoint_every": 3, **options.pop("train", {})},
@@ -169,6 +169,26 @@ def test_stage_one_learns_and_the_model_loads(tiny_folder: Callable[..., Path], 
     assert "bridge.query_tokens" in names
     loaded = load_model(tmp_path / "run")
     assert loaded.match(pictures(tmp_path, 1)[0], "a cat").shape == (1,)
+
+
+def test_each_objective_has_its_weight_and_a_picture_is_looked_at_once_a_step(
+    tiny_folder: Callable[..., Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys and values serve contrast, every pair of matching, and captions."""
+    weighted = [{"name": "itc", "weight": 2.0}, {"name": "itm", "weight": 0.5}, {"name": "lm", "weight": 3.0}]
+    recipe = qformer_recipe(tiny_folder, data, tmp_path / "run", objectives=weighted)
+    trainer = Trainer(recipe, quiet=True)
+    bridge, seen, pairs = trainer.model.bridge, [], []
+    look, match = bridge.image, bridge.pairs
+    monkeypatch.setattr(bridge, "image", lambda tokens: seen.append(len(tokens)) or look(tokens))
+    monkeypatch.setattr(
+        bridge, "pairs", lambda image, slots, texts: pairs.append(len(slots)) or match(image, slots, texts)
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["loss"] == pytest.approx(2 * line["itc"] + 0.5 * line["itm"] + 3 * line["lm"], rel=1e-4)
+    assert (len(seen), pairs) == (len(lines), [3 * 6] * len(lines))
 
 
 def _same(one: Path, other: Path) -> None:

@@ -14,7 +14,8 @@ from tiny_models import randomize
 
 from vlm.errors import VlmError
 from vlm.evaluation import Benchmark, evaluate, retrieval_recall
-from vlm.evaluation.reranking import Pairs, rerank
+from vlm.evaluation.benchmark import load_benchmark
+from vlm.evaluation.reranking import OUTSIDE, Pairs, rerank
 from vlm.model_spec import QFormerSpec
 from vlm.models.build import build_model
 from vlm.models.qformer_model import QFormerModel
@@ -169,6 +170,19 @@ def test_none_are_ranked_again_where_none_are_asked_for(model: QFormerModel, tmp
     owner = [i for i, told in enumerate(captions) for _ in told]
     alone = retrieval_recall(model.encode_image(paths), model.encode_text(texts), owner)
     assert found.metrics["rsum"] == pytest.approx(alone["rsum"])
+
+
+def test_the_nearest_128_are_ranked_again_where_nothing_is_said(tmp_path: Path) -> None:
+    """As BLIP-2 is evaluated, on COCO and on Flickr30k."""
+    assert plan(tmp_path / "none.jsonl").rerank == 128
+    assert [load_benchmark(name).rerank for name in ("coco_retrieval", "flickr30k_retrieval")] == [128, 128]
+    asked: list[int] = []
+    of_images, of_texts = rerank(
+        torch.rand(2, 200), lambda _, texts: asked.append(len(texts)) or torch.rand(len(texts))
+    )
+    assert (of_images != OUTSIDE).sum(1).tolist() == [128, 128]
+    assert (of_texts != OUTSIDE).all()  # of two pictures each is among the nearest
+    assert asked == [200, 200]
 
 
 def test_logits_that_are_not_finite_are_an_error_in_words() -> None:
