@@ -224,6 +224,63 @@ def test_a_process_killed_while_it_writes_loses_only_what_it_had_begun(tmp_path,
     assert not [file for file in features.folder.iterdir() if ".partial" in file.name]
 
 
+_SHARED = """
+import os, sys, torch
+from datetime import timedelta
+from pathlib import Path
+from torch import distributed
+from vlm.data.feature_cache import PictureFeatures, Together, cache_features
+from vlm.data.images import BrokenImage
+
+distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+rank, world = distributed.get_rank(), distributed.get_world_size()
+folder = Path(sys.argv[1])
+os.environ["VLM_CACHE"] = str(folder / (f"cache-{rank}" if sys.argv[2] == "apart" else "cache"))
+
+def load(path):
+    text = Path(path).read_text()
+    if not text.isdigit():
+        raise BrokenImage(path, "no number")
+    with open(folder / f"asked-{rank}.txt", "a") as log:
+        log.write(text + "\\n")
+    return torch.tensor(int(text))
+
+def gather(own):
+    said = [None] * world
+    distributed.all_gather_object(said, own)
+    return said
+
+features = PictureFeatures("shared", "number", lambda: "0", load, lambda numbers: numbers[:, None].repeat(1, 4).float())
+paths = sorted(map(str, folder.glob("*.number")))
+cache = cache_features(features, paths, batch_size=3, together=Together(rank, world, gather))
+for path in paths:
+    text = Path(path).read_text()
+    assert path in cache.broken if not text.isdigit() else cache(path).tolist() == [int(text)] * 4
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("disk", ["shared", "apart"])
+def test_processes_share_the_work_and_find_what_the_others_did(tmp_path, disk):
+    """On a disk that all see nothing is computed twice; on disks of their own each computes the rest itself."""
+    for number in range(23):
+        (tmp_path / f"{number:02d}.number").write_text(str(number) if number % 10 else "no number")
+    program = tmp_path / "program.py"
+    program.write_text(_SHARED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(feature_cache.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command = [*launcher, str(program), str(tmp_path), disk]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    asked = [(tmp_path / f"asked-{rank}.txt").read_text().split() for rank in range(3)]
+    everything = sorted(str(number) for number in range(23) if number % 10)
+    if disk == "shared":
+        assert sorted(text for one in asked for text in one) == everything
+        assert all(asked)
+    else:
+        assert all(sorted(one) == everything for one in asked)
+
+
 # --- looked up when a model is asked ----------------------------------------------------------------------------------
 
 

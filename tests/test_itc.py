@@ -270,7 +270,7 @@ def backward_in_micro_batches(model: TwoTowers, pieces: list, loss: Callable[...
     for number, piece in enumerate(pieces):
         with replay.again(number):
             embeddings = model(piece)
-        replay.surrogate(number, embeddings).backward()
+        replay.surrogate(number, embeddings, [model.logit_scale]).backward()
     return replay.loss
 
 

@@ -168,6 +168,16 @@ def test_a_lever_that_makes_it_fit_does_make_it_fit(monkeypatch: pytest.MonkeyPa
         assert make_plan(load_recipe("llava15_finetune_lora", found.levers), gpu="rtx4090").fits
 
 
+@pytest.mark.parametrize("name", ["blip2_stage1", "siglip_b16", "llava15_pretrain"])
+def test_sharding_saves_memory_in_every_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm.planning.measure.build_on_meta", lambda *args: build_on_meta(*args, depth=2))
+    plans = [make_plan(load_recipe(name, [f"train.fsdp={on}"]), gpus=8) for on in ("false", "true")]
+    whole, sharded = (plan.memory for plan in plans)
+    assert sharded.optimizer == whole.optimizer / 8
+    assert sharded.gradients == whole.gradients / 8
+    assert sharded.total < whole.total
+
+
 def test_what_cannot_be_planned_is_told_in_one_line() -> None:
     recipe = load_recipe("starter/llava_pretrain")
     with pytest.raises(VlmError, match=r"unknown GPU 'h10'.*h100"):

@@ -1,17 +1,15 @@
 """Fully sharded training gives what one process gives, and says where it cannot work."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from dual_parts import captions, dual_recipe
 from generative_parts import generative_spec
-from training_parts import assert_same_runs, conversations, tiny_recipe
+from test_qformer_model import qformer_recipe
+from training_parts import assert_same_runs, conversations, run_in_processes, tiny_recipe
 
 from vlm import VlmError, train
 from vlm.models.build import build_model
@@ -19,32 +17,7 @@ from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.sharding import shard_task
 from vlm.training.task import Task
 
-PROCESSES = 3
-PROGRAM = """
-import json, sys
-from vlm import load_recipe, train
-from vlm.cli.processes import leave_the_group
-for file, resume in json.loads(sys.argv[1]):
-    train(load_recipe(file), resume=resume, quiet=True)
-leave_the_group()
-"""
-
-
-def _launch(folder, *runs):
-    """Runs as (recipe, whether to go on with it), one after the other in the same processes."""
-    asked = []
-    for recipe, resume in runs:
-        file = folder / f"{os.path.basename(recipe.output)}.yaml"
-        file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-        asked.append((str(file), resume))
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={PROCESSES}"]
-    command = [sys.executable, *launcher, str(program), json.dumps(asked)]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": root}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+FAMILIES = ["dual_encoder", "qformer"]
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +65,54 @@ def mixed(tiny_folder, folder):
 
 
 @pytest.fixture(scope="module")
-def sharded(recipe, whole_language_model, mixed, folder):
+def comparing(tiny_folder, folder):
+    """Recipes of objectives that compare the whole batch: both towers of a dual encoder, or a Q-Former."""
+    data = captions(folder / "captions")
+    # 7 samples: processes have unequal shares, and of the last micro-batch some have none.
+    section = {"batch_size": 7, "steps": 4, "checkpoint_every": 2}
+
+    def make(family, output, **options):
+        train = {**section, **options}
+        if family == "qformer":
+            return qformer_recipe(tiny_folder, data, folder / f"{family}-{output}", train=train)
+        towers = ["bridge.*", "image_encoder.*"]
+        return dual_recipe(tiny_folder, data, folder / f"{family}-{output}", trainable=towers, train=train)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def sharded(recipe, whole_language_model, mixed, comparing, folder):
     """All runs that need several processes: starting those is what takes long."""
     begun_whole = recipe("begun-whole")
     train(begun_whole, quiet=True)
-    _launch(
+    cut = [recipe("cut", fsdp=True), *(comparing(f, "cut", fsdp=True, micro_batch_size=2) for f in FAMILIES)]
+    run_in_processes(
         folder,
+        3,
         # 4 samples in micro-batches of 1 over 3 processes: one of them has less to do than the others
-        (recipe("shards", fsdp=True, micro_batch_size=1, gradient_checkpointing=True), False),
-        (whole_language_model("shards-language", fsdp=True), False),
-        (mixed("shards-mixed", fsdp=True, micro_batch_size=1), False),
-        (recipe("begun-sharded", fsdp=True), False),
-        (_back_at_step_3(begun_whole, fsdp=True), True),
+        (recipe("shards", fsdp=True, micro_batch_size=1, gradient_checkpointing=True), False, 0),
+        (whole_language_model("shards-language", fsdp=True), False, 0),
+        (mixed("shards-mixed", fsdp=True, micro_batch_size=1), False, 0),
+        (recipe("begun-sharded", fsdp=True), False, 0),
+        (_back_at_step_3(begun_whole, fsdp=True), True, 0),
+        *((comparing(family, "shards", fsdp=True), False, 0) for family in FAMILIES),
+        *((made, False, 3) for made in cut),
     )
+    run_in_processes(folder, 2, *((made, True, 0) for made in cut))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("output", ["shards", "cut"])
+def test_objectives_that_compare_the_whole_batch_are_sharded(sharded, comparing, folder, family, output):
+    """Also in micro-batches, stopped and gone on with by fewer processes."""
+    if not (folder / f"{family}-one").exists():
+        train(comparing(family, "one"), quiet=True)
+    assert_same_runs(folder / f"{family}-one", folder / f"{family}-{output}", rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_processes(sharded, one, folder):
+    assert_same_runs(one, folder / "cut")
 
 
 def _back_at_step_3(recipe, fsdp):

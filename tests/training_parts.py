@@ -113,6 +113,37 @@ def train_in_processes(recipe: Recipe, folder: Path, processes: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+_RUNS = """
+import json, sys
+from training_parts import train_until
+from vlm import load_recipe
+from vlm.cli.processes import leave_the_group
+from vlm.training.loop import Trainer
+for file, resume, stop in json.loads(sys.argv[1]):
+    trainer = Trainer(load_recipe(file), resume, quiet=True)
+    assert train_until(trainer, stop).finished == (stop == 0)
+    del trainer
+leave_the_group()
+"""
+
+
+def run_in_processes(folder: Path, processes: int, *runs: tuple[Recipe, bool, int]) -> None:
+    """Runs as (recipe, whether to go on with it, step to stop at or 0), one after the other in the same processes."""
+    asked = []
+    for number, (recipe, resume, stop) in enumerate(runs):
+        file = folder / f"run-{number}.yaml"
+        file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+        asked.append((str(file), resume, stop))
+    program = folder / "runs.py"
+    program.write_text(_RUNS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(paths)}
+    command = [sys.executable, *launcher, str(program), json.dumps(asked)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def weights(folder: Path) -> dict[str, Any]:
     """The trained weights of a run."""
     from vlm.models.build import read_weights

@@ -12,6 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -101,6 +102,15 @@ def frozen_features(
     return PictureFeatures(encoder.name, kind, encoder.fingerprint, load, encode, encode_many)
 
 
+@dataclass(frozen=True)
+class Together:
+    """This process among those that fill a cache together. gather: what each of them gives, once all have given it."""
+
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[Any], list[Any]] = lambda own: [own]
+
+
 @dataclass
 class FeatureCache:
     """Features by picture. `broken` maps paths that could not be read to the reason."""
@@ -124,10 +134,12 @@ def cache_features(
     paths: Sequence[str],
     batch_size: int = 64,
     announce: Callable[[str], None] = lambda said: None,
+    together: Together = Together(),
 ) -> FeatureCache:
     """The features of all `paths`, computing and storing those that are not kept yet.
 
-    paths: files or references into shards. announce: told the size before anything is written.
+    paths: files or references into shards. announce: told the size before anything is written. together: the processes
+    that share the work, each asking for the same paths.
     Pictures that cannot be read are listed in `.broken`. Raises VlmError if the disk has no room.
     """
     from filelock import FileLock
@@ -135,22 +147,42 @@ def cache_features(
     folder = features.folder
     folder.mkdir(parents=True, exist_ok=True)
     cache = FeatureCache(folder)
-    for path, digest in content_hashes(list(dict.fromkeys(paths))).items():
-        if digest is None:
+    unique = list(dict.fromkeys(paths))
+    told = together.gather(content_hashes(unique[together.rank :: together.world]))
+    digests = {path: digest for hashes in told for path, digest in hashes.items()}
+    for path in unique:
+        if (digest := digests[path]) is None:
             cache.broken[path] = "cannot be read"
         else:
             cache.hashes[path] = digest
-    with FileLock(folder / "write.lock"):
-        for torn in open_segments(cache):
-            torn.unlink()  # computed again
-        missing: dict[str, str] = {}
-        for path, digest in cache.hashes.items():
-            if digest not in cache.rows:
-                missing.setdefault(digest, path)
-        if missing:
+    with FileLock(folder / "write.lock") if together.rank == 0 else nullcontext():
+        if together.rank == 0:
+            for torn in open_segments(cache):
+                torn.unlink()  # computed again
             _forget_unfinished(folder)
-            _write(cache, features, missing, batch_size, announce)
-    return cache
+        together.gather(None)  # the first one keeps other runs out and has tidied up
+        if together.rank:
+            open_segments(cache)
+        missing = _missing(cache)
+        mine = {digest: path for digest, path in missing.items() if int(digest, 16) % together.world == together.rank}
+        if mine:
+            _write(cache, features, mine, batch_size, announce, len(missing), together.rank)
+        if together.world > 1:
+            for broken in together.gather(cache.broken):
+                cache.broken.update(broken)
+            cache = FeatureCache(folder, hashes=cache.hashes, broken=cache.broken)
+            open_segments(cache)
+    # Where processes do not see each other's disk, each computes the rest for itself.
+    return cache if together.world == 1 or not _missing(cache) else cache_features(features, paths, batch_size)
+
+
+def _missing(cache: FeatureCache) -> dict[str, str]:
+    """Content hash -> path of the pictures that could be read as far as is known, and have no features yet."""
+    found: dict[str, str] = {}
+    for path, digest in cache.hashes.items():
+        if digest not in cache.rows and path not in cache.broken:
+            found.setdefault(digest, path)
+    return found
 
 
 def open_segments(cache: FeatureCache) -> list[Path]:
@@ -192,8 +224,10 @@ def _write(
     missing: dict[str, str],
     batch_size: int,
     announce: Callable[[str], None],
+    pictures: int,
+    rank: int,
 ) -> None:
-    """Encode and store pictures (content hash -> path), a segment every SEGMENT_BYTES."""
+    """Encode and store this process's part of `pictures` (content hash -> path), a segment every SEGMENT_BYTES."""
     encode = features.encode if features.encode_many is None else features.encode_many(len(missing))
     with torch.no_grad():
         encoded: Iterator[_Encoded] = (
@@ -203,9 +237,9 @@ def _write(
         said = False
         for first in encoded:
             if not said:
-                _check_room(cache.folder, first[1], len(missing), announce)
+                _check_room(cache.folder, first[1], pictures, announce)
                 said = True
-            _write_segment(cache, features, chain([first], encoded))
+            _write_segment(cache, features, chain([first], encoded), rank)
 
 
 def _check_room(folder: Path, encoded: Tensor, pictures: int, announce: Callable[[str], None]) -> None:
@@ -219,10 +253,11 @@ def _check_room(folder: Path, encoded: Tensor, pictures: int, announce: Callable
     announce(f"caching features of {pictures:,} pictures ({size / 1e6:,.0f} MB) in {folder}")
 
 
-def _write_segment(cache: FeatureCache, features: PictureFeatures, batches: Iterator[_Encoded]) -> None:
+def _write_segment(cache: FeatureCache, features: PictureFeatures, batches: Iterator[_Encoded], rank: int) -> None:
     """Write batches until the segment is full; it is seen once its index is in place."""
-    numbers = [int(file.stem.partition("-")[2]) for file in cache.folder.glob("segment-*.json")]
-    data = cache.folder / f"segment-{max(numbers, default=-1) + 1:05d}.bin"
+    numbers = [int(file.stem.split("-")[1]) for file in cache.folder.glob("segment-*.json")]
+    own = f"-{rank}" if rank else ""  # of the processes that write at the same time
+    data = cache.folder / f"segment-{max(numbers, default=-1) + 1:05d}{own}.bin"
     aside = data.with_suffix(f".partial-{os.getpid()}")
     keys: list[str] = []
     try:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
@@ -18,11 +19,14 @@ def operations_per_token(network: nn.Module, embeddings: nn.Module) -> float:
 
 
 def forward_operations(module: nn.Module, *inputs: Tensor) -> float:
-    """Operations of a module's forward pass on inputs of these shapes; nothing is computed."""
+    """Operations of a module's forward pass on inputs of these shapes, sharded or not; nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(module.parameters()).device
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*(torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs))
+        sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+        whole = {name: torch.empty(p.shape, dtype=p.dtype, device=device) for name, p in sharded.items()}
+        given = tuple(torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs)
+        torch.func.functional_call(module, whole, given)
     return float(counter.get_total_flops())

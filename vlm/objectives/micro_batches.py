@@ -54,28 +54,28 @@ class RandomState:
 class Replay:
     """What the second pass needs: each micro-batch embedded again under its random state, and one backward each.
 
-    loss: of the whole batch, detached. gradients: of each micro-batch's embeddings. shared: parameters the loss reads
-    beside the embeddings, with their gradients.
+    loss: of the whole batch, detached. gradients: of each micro-batch's embeddings. shared: of the parameters that the
+    loss reads beside the embeddings.
     """
 
     loss: Tensor
     states: Sequence[RandomState]
     gradients: Sequence[tuple[Tensor | None, ...]]
-    shared: Sequence[tuple[Tensor, Tensor | None]]
+    shared: Sequence[Tensor | None]
 
     def again(self, number: int) -> AbstractContextManager[None]:
         """Random numbers as micro-batch `number` saw them in the first pass."""
         return self.states[number].again()
 
-    def surrogate(self, number: int, embeddings: Sequence[Tensor]) -> Tensor:
+    def surrogate(self, number: int, embeddings: Sequence[Tensor], shared: Sequence[Tensor] = ()) -> Tensor:
         """A scalar whose gradient is micro-batch `number`'s part of the whole loss's gradient.
 
-        embeddings: of that micro-batch, computed again within `again(number)`. The gradient of the shared parameters is
-        part of the last one, so that everything flows through one place. The scalar's value means nothing.
+        embeddings: of that micro-batch, computed again within `again(number)`. shared: as in `plan_replay`; their
+        gradient is part of the last one, so that everything flows through one place. The scalar's value means nothing.
         """
         pairs = list(zip(embeddings, self.gradients[number]))
         if number == len(self.gradients) - 1:
-            pairs += self.shared
+            pairs += zip((p for p in shared if p.requires_grad), self.shared)
         terms = [(value * gradient).sum() for value, gradient in pairs if gradient is not None]
         return sum(terms[1:], start=terms[0])
 
@@ -109,4 +109,4 @@ def plan_replay(
         rows = slice(start, start + len(piece[0]))
         gradients.append(tuple(None if g is None else g[rows] for g in found[: len(whole)]))
         start = rows.stop
-    return Replay(value.detach(), states, gradients, list(zip(learning, found[len(whole) :])))
+    return Replay(value.detach(), states, gradients, found[len(whole) :])

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vlm.training.sharding import stays_whole
+
 OPTIMISER_BYTES, GRADIENT_BYTES = 8, 4  # AdamW's two moments and the gradient of a trained parameter, all in fp32
 NF4_BYTES = 0.516  # of a weight in 4 bits, with the scales of its blocks (Dettmers et al. 2023)
 
@@ -12,8 +14,8 @@ NF4_BYTES = 0.516  # of a weight in 4 bits, with the scales of its blocks (Dettm
 class Held:
     """Bytes of a model that stay all along. language: those of frozen language model weights that 4 bits could hold.
 
-    apart: frozen weights that sharding leaves whole. layer: the largest layer's, which sharding gathers.
-    trained: number of trained parameters.
+    apart: weights that sharding leaves whole. layer: the largest layer's, which sharding gathers one after the other.
+    rest: those in no such layer, gathered while a step lasts. trained: number of trained parameters.
     """
 
     weights: int
@@ -22,6 +24,7 @@ class Held:
     language_parameters: int
     apart: int
     layer: int
+    rest: int
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,16 @@ def held(model: nn.Module) -> Held:
     own = _unique(model)
     language = getattr(model, "language_model", None)
     frozen = [p for p in _unique(language) if not _learns(p) and p.ndim == 2] if language is not None else []
-    encoder = getattr(model, "image_encoder", None)
-    apart = [] if encoder is None or any(map(_learns, encoder.parameters())) else _unique(encoder)
-    layers = _layers(language) if language is not None else []
+    apart = _bytes(list(stays_whole(model)))
+    layers = [_bytes(_unique(layer)) for layer in _layers(language)] if language is not None else []
     return Held(
         weights=_bytes(own),
         trained=sum(t.numel() for t in own if _learns(t)),
         language=_bytes(frozen),
         language_parameters=sum(t.numel() for t in frozen),
-        apart=_bytes(apart),
-        layer=max((_bytes(_unique(layer)) for layer in layers), default=0),
+        apart=apart,
+        layer=max(layers, default=0),
+        rest=_bytes([t for t in own if isinstance(t, nn.Parameter)]) - apart - sum(layers),
     )
 
 
@@ -82,7 +85,7 @@ def memory(
     stepping = gradients if sharded else 0.0  # AdamW, which is fused where tensors are whole
     buffers = 0.0
     if sharded:
-        buffers = 2.0 * found.layer
+        buffers = 2.0 * found.layer + max(found.rest, 0)
     elif processes > 1:
         buffers = float(found.trained * GRADIENT_BYTES)
     return Memory(weights / shares + apart, gradients, optimizer, max(activations, stepping), buffers)

@@ -148,7 +148,7 @@ class _Trial:
     @property
     def shards(self) -> bool:
         """Whether `train.fsdp` could be on."""
-        return self.gpus > 1 and self._language is not None
+        return self.gpus > 1
 
     def checkpoints(self, micro: int) -> list[bool]:
         """Off, and on where the model has layers for it."""

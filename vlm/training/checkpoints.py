@@ -75,6 +75,24 @@ def save_checkpoint(
     return target
 
 
+def amend_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Put `state` into the checkpoint of its step, in one move; where there is none, nothing is done.
+
+    Raises VlmError if the disk is full or read-only; the checkpoint then stays as it was.
+    """
+    target = folder / f"step-{state['step']:08d}"
+    aside = target / f".{_STATE}"
+    if not target.is_dir():
+        return
+    try:
+        aside.write_text(json.dumps(state))
+        _sync(aside)
+        os.replace(aside, target / _STATE)
+        _sync(target)
+    except OSError as error:
+        raise VlmError(f"the checkpoint {target} could not be written: {error.strerror or error}") from error
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint in `folder`; one that cannot be read is passed over with a warning."""
     import warnings

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlm.data.feature_cache import Together
 from vlm.devices import pick_device, pick_precision
 from vlm.errors import VlmError
 from vlm.models.build import build_model, save_model_folder
@@ -18,15 +19,15 @@ from vlm.models.freezing import load_trained_state, named_trainable, trained_sta
 from vlm.models.sharded import load_optimizer_state, whole_optimizer_state
 from vlm.models.starting import start_from
 from vlm.recipe import Recipe
-from vlm.training.checkpoints import newest_checkpoint, save_checkpoint
+from vlm.training.checkpoints import Checkpoint, amend_checkpoint, newest_checkpoint, save_checkpoint
 from vlm.training.compiling import compile_layers
 from vlm.training.memory import activations_on_cpu, check_offload, checkpoint_layers, keep_freed_memory
 from vlm.training.meter import Meter, matmul_peak, peak_memory
-from vlm.training.optimiser import build_optimizer, gradient_norm, schedule_factor, set_learning_rate
+from vlm.training.optimiser import build_optimizer, clip_gradients, gradient_norm, schedule_factor, set_learning_rate
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
-from vlm.training.scoring import scores_of
-from vlm.training.sharding import shard_task
+from vlm.training.scoring import check_benchmarks, scores_of
+from vlm.training.sharding import average_whole_gradients, shard_task
 from vlm.training.signals import on_sigterm
 from vlm.training.source import Placed, Prepared, build_source
 from vlm.training.task import FirstPass, Task, add_reports
@@ -60,7 +61,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
         self.recipe = recipe
         device = pick_device()
@@ -78,13 +79,14 @@ class Trainer:
         self.device: torch.device = self.accelerator.device
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.report = Reporter(quiet or self.rank != 0)
-        self._check_benchmarks()
+        check_benchmarks(recipe.evaluation)
         self.folder = RunFolder(recipe.output)
         if self.rank == 0:
             self.folder.start(recipe, resume)
         self.accelerator.wait_for_everyone()
         if recipe.train.track:
             self.accelerator.init_trackers(self.folder.path.name)
+        checkpoint = newest_checkpoint(self.folder.checkpoints) if resume else None
 
         self.model = build_model(recipe.model, recipe.trainable, self.device, self.precision, seed=recipe.train.seed)
         if recipe.init_from:
@@ -99,10 +101,11 @@ class Trainer:
             checkpoint_layers(self.model)
         with self._one_at_a_time():
             self.source = build_source(self.model, recipe.data, recipe.train.seed, self.report.say)
+        self.source.keep_features(Together(self.rank, self.world, lambda own: gather_object([own])))
         self.steps = recipe.train.steps or math.ceil(
             (recipe.train.epochs or 1) * self.source.num_samples / recipe.train.batch_size
         )
-        if recipe.init_from is None and not (resume and newest_checkpoint(self.folder.checkpoints)):
+        if recipe.init_from is None and checkpoint is None:
             batches = (self._collate(self.source.prepare(samples)) for samples in self.source.every(_START_CHUNK))
             if said := self.model.start_on(batches):
                 self.report.say(said)
@@ -114,8 +117,9 @@ class Trainer:
         self.bad_steps = 0
         self.unlogged: list[dict[str, float]] = []  # losses since the last line of the log
         self.best: dict[str, Any] = {}  # score and step of the best evaluation so far
+        self.scored = 0  # step of the last evaluation that came to its end
         if resume:
-            self._resume()
+            self._resume(checkpoint)
         self.task: Any = task if recipe.train.fsdp else self.accelerator.prepare_model(task)
         self._spare: Any = None  # what a process computes in vain where shards need it to take part
         self.parameters = [p for _, p in named_trainable(self.model)]
@@ -125,15 +129,7 @@ class Trainer:
 
     # ---- setup ----------------------------------------------------------------------------------------------
 
-    def _check_benchmarks(self) -> None:
-        """A misspelt benchmark is told before hours of training, not after."""
-        from vlm.evaluation import load_benchmark
-
-        for name in self.recipe.evaluation.benchmarks:
-            load_benchmark(name)
-
-    def _resume(self) -> None:
-        checkpoint = newest_checkpoint(self.folder.checkpoints)
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
             self.report.say(f"{self.folder.path} holds no checkpoint: starting from the beginning")
         else:
@@ -141,12 +137,13 @@ class Trainer:
             load_optimizer_state(self.optimizer, checkpoint.optimizer())
             self.step, self.bad_steps = checkpoint.step, checkpoint.state.get("bad_steps", 0)
             self.unlogged, self.best = checkpoint.state.get("unlogged", []), checkpoint.state.get("best", {})
+            self.scored = checkpoint.state.get("scored", 0)
             self.source.broken.update(checkpoint.state["broken"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
             self.report.say(f"resuming at step {self.step}")
         if self.rank == 0:
-            self.folder.forget_metrics_after(self.step)
+            self.folder.forget_metrics_after(self.step, self.scored)
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -163,6 +160,8 @@ class Trainer:
         section = self.recipe.train
         with on_sigterm(self.stop), self.report.bar(self.step, self.steps):
             while self.step < self.steps and not self._should_stop():
+                if self._evaluation_is_due():
+                    self._evaluate()
                 losses = self.train_step(self._samples(self.step), self._samples(self.step + 1))
                 self.step += 1
                 self.unlogged += [losses] if losses else []
@@ -171,10 +170,8 @@ class Trainer:
                     self.unlogged = []
                 if section.sample_every and (self.step % section.sample_every == 0 or self.step == 1):
                     self._show_samples()
-                every = self.recipe.evaluation.every
-                if every and self.step % every == 0 and self.step < self.steps:
-                    self._evaluate()
-                if self.step % section.checkpoint_every == 0 or self.step == self.steps:
+                last = self.step == self.steps
+                if last or self.step % section.checkpoint_every == 0 or self._evaluation_is_due():
                     self.save()
         finished = self.step >= self.steps
         if finished:
@@ -217,7 +214,7 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
-                idle = batch is None and section.fsdp
+                idle = batch is None and section.fsdp and not self._unwrapped.needs_pairs
                 with activations_on_cpu(section.cpu_offload):
                     loss, parts = self.task(self._spare if idle else batch, counts, seed, first, number)
                 if idle:
@@ -256,13 +253,15 @@ class Trainer:
         scaler = self.accelerator.scaler  # fp16 alone has one
         if scaler is not None:
             scaler.unscale_(self.optimizer)
+        if self.recipe.train.fsdp:
+            average_whole_gradients(self.parameters)
         norm = gradient_norm(self.parameters)
         finite = math.isfinite(norm) and math.isfinite(losses["loss"])
         if self.recipe.train.fsdp:  # each process sees its share of the gradients, and all must do the same
             finite = not self.accelerator.reduce(torch.tensor(float(not finite), device=self.device)).item()
         if finite:
             if self.recipe.optimizer.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.recipe.optimizer.clip_grad, norm)
+                clip_gradients(self.parameters, self.recipe.optimizer.clip_grad, norm)
             self.optimizer.step() if scaler is None else scaler.step(self.optimizer)
             self.model.after_step()
             self.bad_steps = 0
@@ -329,6 +328,11 @@ class Trainer:
             self.report.sample(sample.images, *self.model.say_sample(sample, max_new_tokens=24))
         self.model.train()
 
+    def _evaluation_is_due(self) -> bool:
+        """Whether the model as it is has to be scored; its checkpoint comes first, so that nothing is lost by it."""
+        every = self.recipe.evaluation.every
+        return bool(every and self.step and self.step % every == 0 and self.step > self.scored)
+
     def _evaluate(self) -> None:
         """Score the model as it is, and keep it if it is the best by the first benchmark."""
         self.model.eval()
@@ -342,6 +346,9 @@ class Trainer:
                 if best:
                     save_model_folder(self.model, self.recipe.trainable, self.folder.best, weights)
             self.report.say(f"step {self.step}: {name} {score:.1f}")
+        self.scored = self.step
+        if self.rank == 0:
+            amend_checkpoint(self.folder.checkpoints, self._state())
         self.model.train()
         self.accelerator.wait_for_everyone()
 
@@ -350,32 +357,29 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from which the run goes on exactly."""
         weights, optimizer = trained_state(self.model), whole_optimizer_state(self.optimizer)  # all processes together
+        keep = self.recipe.train.keep_checkpoints
         if self.rank == 0:
-            save_checkpoint(
-                self.folder.checkpoints,
-                weights,
-                optimizer,
-                {
-                    "step": self.step,
-                    "broken": self.source.broken,
-                    "scaler": self._scaler_state(),
-                    "bad_steps": self.bad_steps,
-                    "unlogged": self.unlogged,
-                    "best": self.best,
-                },
-                keep=self.recipe.train.keep_checkpoints,
-            )
+            save_checkpoint(self.folder.checkpoints, weights, optimizer, self._state(), keep)
         self.accelerator.wait_for_everyone()
 
-    def _scaler_state(self) -> dict[str, Any]:
-        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+    def _state(self) -> dict[str, Any]:
+        """What a run goes on with beside weights and optimiser."""
+        return {
+            "step": self.step,
+            "broken": self.source.broken,
+            "scaler": {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "bad_steps": self.bad_steps,
+            "unlogged": self.unlogged,
+            "best": self.best,
+            "scored": self.scored,
+        }
 
     def _finish(self) -> None:
         self.model.eval()
         weights = trained_state(self.model)
         if self.rank == 0:
             save_model_folder(self.model, self.recipe.trainable, self.folder.model, weights)
-        if self.recipe.evaluation.benchmarks:
+        if self.recipe.evaluation.benchmarks and self.step > self.scored:
             self._evaluate()
         if self.best:
             self.report.say(f"best: {self.best['benchmark']} {self.best['score']:.1f} at step {self.best['step']}")

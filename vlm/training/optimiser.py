@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm.errors import VlmError, did_you_mean
 from vlm.models.freezing import named_trainable
+from vlm.models.sharded import whole
 from vlm.recipe import OptimizerSection, ScheduleSection
 
 
@@ -90,4 +91,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients together: NaN or infinite where one of them is; of shards, of the whole gradient."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in members if p.grad is not None]))
+        for members in _by_layout(parameters)
+    ]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients, whose norm is `norm`, down to the norm `limit`."""
+    for members in _by_layout(parameters):
+        torch.nn.utils.clip_grads_with_norm_(members, limit, norm)
+
+
+def _by_layout(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in shards apart from whole ones: torch does not compute with both at once."""
+    members: dict[bool, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        members.setdefault(isinstance(parameter, DTensor), []).append(parameter)
+    return list(members.values())

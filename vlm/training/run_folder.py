@@ -82,14 +82,18 @@ class RunFolder:
         except OSError as error:
             raise VlmError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop metrics of steps that a resumed run does again, and lines that a kill tore or that are none."""
+    def forget_metrics_after(self, step: int, scored: int) -> None:
+        """Drop metrics of steps that a resumed run does again, and lines that a kill tore or that are none.
+
+        scored: the last step whose scores are complete; later ones' are asked for again.
+        """
         if not self.metrics.is_file():
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                entry = json.loads(line)
+                if entry["step"] <= (scored if any(key.startswith("eval/") for key in entry) else step):
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue

@@ -7,6 +7,14 @@ from vlm.models.tasks import TaskModel
 from vlm.recipe import EvaluationSection
 
 
+def check_benchmarks(section: EvaluationSection) -> None:
+    """A misspelt benchmark is told before hours of training, not after. Raises VlmError."""
+    from vlm.evaluation import load_benchmark
+
+    for name in section.benchmarks:
+        load_benchmark(name)
+
+
 def scores_of(model: TaskModel, section: EvaluationSection, run: Path) -> Iterator[tuple[str, float]]:
     """Name and score of each benchmark, written to `run/eval`; the processes share the questions, all get the score."""
     from vlm.evaluation import evaluate

@@ -1,9 +1,12 @@
 """Fully sharded training (FSDP, Zhao et al. 2023): each process keeps its share of weights, gradients and optimiser."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlm.errors import VlmError
 from vlm.recipe import Recipe
@@ -11,25 +14,44 @@ from vlm.training.task import Task
 
 
 def shard_task(task: Task, recipe: Recipe, world: int, device: torch.device, precision: str) -> None:
-    """Shard a task's model in place; what trains and what is frozen alike, layer by layer of the language model.
+    """Shard a task's model in place: the language model, trained or frozen, layer by layer, and else what learns.
 
-    A frozen image encoder stays whole: it runs where a batch shows pictures, and shards need all processes to run the
-    same layers. Raises VlmError where sharding cannot work, naming the key.
+    Beside language models a step gathers all that learns at once: objectives that compare the whole batch read it in
+    several passes. Frozen encoders stay whole: one of images runs where a batch shows some, and shards need all
+    processes to run the same layers. So do single numbers (logit scale, temperature), see `average_whole_gradients`.
+    Raises VlmError where sharding cannot work, naming the key.
     """
-    _check(task, recipe, world, device, precision)
+    _check(recipe, world, device, precision)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    for parameter in task.parameters():  # weights of a convolution may lie channels last, which shards cannot
+        parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(device.type, (world,))
-    encoder: nn.Module = task.model.image_encoder
-    learns = any(p.requires_grad for p in encoder.parameters())
-    apart = set() if learns else set(encoder.parameters())
-    for module in task.model.language_model.modules():
+    language: nn.Module = getattr(task.model, "language_model", nn.Module())
+    for module in language.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module, mesh=mesh)
             module.register_forward_pre_hook(_with_gradient, with_kwargs=True, prepend=True)
-    fully_shard(task, mesh=mesh, ignored_params=apart)
+    fully_shard(task, mesh=mesh, ignored_params=set(stays_whole(task.model)))
+    register_fsdp_forward_method(task, "first_pass")
+
+
+def stays_whole(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every process keeps whole where a model is sharded."""
+    towers = [getattr(model, name) for name in ("image_encoder", "text_encoder") if hasattr(model, name)]
+    frozen = [p for tower in towers for p in tower.parameters() if not any(q.requires_grad for q in tower.parameters())]
+    return [*frozen, *(p for p in model.parameters() if p.ndim == 0)]
+
+
+def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average over processes the gradients of what learns and lies in no shards, as is done for shards."""
+    for parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient)
+            parameter.grad = gradient / dist.get_world_size()
 
 
 def _with_gradient(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -47,14 +69,10 @@ def _with_gradient(module: nn.Module, arguments: tuple[Any, ...], options: dict[
     return (asking(arguments[0]), *arguments[1:]) if arguments else arguments, options
 
 
-def _check(task: Task, recipe: Recipe, world: int, device: torch.device, precision: str) -> None:
-    model: Any = task.model
+def _check(recipe: Recipe, world: int, device: torch.device, precision: str) -> None:
     language: Any = getattr(recipe.model, "language_model", None)
     refused = {
         "one process has nothing to share it with: start it with torchrun or accelerate launch": world == 1,
-        f"a {model.family} model is not sharded, only one with a language model": language is None
-        or not hasattr(model, "language_model"),
-        "objectives that compare the whole batch need the whole model": task.needs_pairs,
         "quantized weights cannot be sharded; set language_model.quantization to none": getattr(
             language, "quantization", "none"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlm.data.catalogue import find_shards, load_dataset
 from vlm.data.content_hash import content_hash
-from vlm.data.feature_cache import PictureFeatures, cache_features
+from vlm.data.feature_cache import FeatureCache, PictureFeatures, Together, cache_features
 from vlm.data.grouping import GroupedOrder
 from vlm.data.images import load_image
 from vlm.data.mixing import MixtureOrder
@@ -73,6 +73,30 @@ class SampleSource:
     def num_samples(self) -> int:
         """Samples of one epoch."""
         return sum(map(len, self.sources))
+
+    def keep_features(self, together: Together) -> None:
+        """Cache the features of frozen encoders if the recipe says so; the processes share the pictures.
+
+        Raises VlmError where `cached_views` cannot work, and if the disk has no room.
+        """
+        model, section = self.model, self.section
+        wanted = section.cache_features and (not section.augment or section.cached_views)
+        features = model.picture_features() if wanted else None
+        if section.cached_views and (features is None or not section.augment):
+            raise VlmError("data.cached_views: needs a frozen image encoder, data.cache_features and data.augment=true")
+        if features is not None and (paths := _pictures(self.sources)):
+
+            def kept(wanted: PictureFeatures) -> FeatureCache:
+                return cache_features(wanted, paths, announce=self.log, together=together)
+
+            if section.cached_views:
+                self.load_picture = _kept_crops(features, model.image_encoder.transform, section, self.order.seed, kept)
+            else:
+                cache = kept(features)
+                self.load_picture = lambda path, step: cache(path)
+        if section.cache_features and not any(isinstance(samples, ShardedSamples) for samples in self.sources):
+            texts = [text for samples in self.sources for sample in samples for text in sample.texts]
+            model.keep_text_features(texts, self.log)
 
     def batch(self, step: int, batch_size: int) -> list[Placed]:
         """The samples of the whole global batch of `step`; those in shards are read by the process that takes them."""
@@ -160,7 +184,7 @@ class SampleSource:
 
 
 def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str], None]) -> SampleSource:
-    """Load all data sources, and cache the frozen encoder's features if the recipe says so."""
+    """Load all data sources; `keep_features` is next."""
     weights = [spec.weight for spec in section.train if spec.weight is not None]
     if weights and len(weights) < len(section.train):
         raise VlmError("data.train: give every source a weight, or none")
@@ -179,18 +203,6 @@ def build_source(model: Any, section: DataSection, seed: int, log: Callable[[str
     for _, broken in loaded:
         for where, reason in broken:
             source.skip(where, reason)
-    wanted = section.cache_features and (not section.augment or section.cached_views)
-    features = model.picture_features() if wanted else None
-    if section.cached_views and (features is None or not section.augment):
-        raise VlmError("data.cached_views: needs a frozen image encoder, data.cache_features and data.augment=true")
-    if features is not None and (paths := _pictures(sources)):
-        if section.cached_views:
-            source.load_picture = _kept_crops(features, model.image_encoder.transform, section, seed, paths, log)
-        else:
-            cache = cache_features(features, paths, announce=log)
-            source.load_picture = lambda path, step: cache(path)
-    if section.cache_features and not any(shards):
-        model.keep_text_features([text for samples in sources for sample in samples for text in sample.texts], log)
     return source
 
 
@@ -217,8 +229,7 @@ def _kept_crops(
     transform: ImageTransform,
     section: DataSection,
     seed: int,
-    paths: Sequence[str],
-    log: Callable[[str], None],
+    kept: Callable[[PictureFeatures], FeatureCache],
 ) -> Callable[[str, int], Tensor]:
     """Features of one of a few crops of a picture; its content and the seed decide what they show, the step which."""
     caches = []
@@ -228,8 +239,7 @@ def _kept_crops(
             generator = torch.Generator().manual_seed(_number(seed, view, content_hash(path)))
             return transform.train(load_image(path), generator)
 
-        crop = replace(features, kind=f"{features.kind}-crop{seed}.{view}", load=load)
-        caches.append(cache_features(crop, paths, announce=log))
+        caches.append(kept(replace(features, kind=f"{features.kind}-crop{seed}.{view}", load=load)))
     return lambda path, step: caches[_number(seed, step, path) % len(caches)](path)
 
 

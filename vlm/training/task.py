@@ -106,7 +106,7 @@ class Task(nn.Module):
                 losses.append(loss)
                 read.prepared = self._prepare(pairs.detached(), [batch])
             else:
-                losses.append(first.replay.surrogate(number, embeddings))
+                losses.append(first.replay.surrogate(number, embeddings, self.model.comparison_parameters()))
                 report = dict(first.report) if number == 0 else {}
                 read.prepared, read.rows = first.prepared, first.rows[number]
         value = report.pop("loss", torch.zeros((), device=counts.device))
