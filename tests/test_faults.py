@@ -26,8 +26,9 @@ from training_parts import (
     weights,
 )
 
-from vlm import VlmError, train
+from vlm import VlmError, evaluate, train
 from vlm.recipe import Recipe
+from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.loop import Trainer
 
 # How many seeds of random kills: a few with every run of the tests, twenty with VLM_KILL_SEEDS=20.
@@ -90,17 +91,22 @@ def test_kills_at_any_moment_of_an_evaluation_change_nothing(
         assert result(seed) == result("through")
 
 
+def _group_of_two() -> list[dict[str, str]]:
+    """What two processes find in their environment that torchrun would start."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_when_a_process_dies_the_others_say_so_and_end(
     torchrun: bool, tiny_folder: Callable[..., Path], data: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=100_000, checkpoint_every=100_000)
     command, environment = train_command(recipe, tmp_path, 2 if torchrun else 0)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    each = [{}] if torchrun else [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    each = [{}] if torchrun else _group_of_two()
     processes = [
         subprocess.Popen(command, env={**environment, **own}, stderr=subprocess.PIPE, text=True, start_new_session=True)
         for own in each
@@ -122,6 +128,34 @@ def test_when_a_process_dies_the_others_say_so_and_end(
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+
+
+def test_a_sigterm_to_one_process_of_a_group_ends_all_at_one_step_with_a_checkpoint(
+    tiny_folder: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=100_000, checkpoint_every=100_000)
+    command, environment = train_command(recipe, tmp_path)
+    processes = [
+        subprocess.Popen(command, env={**environment, **own}, stderr=subprocess.PIPE, text=True)
+        for own in _group_of_two()
+    ]
+    try:
+        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+        while not metrics.exists():
+            assert time.monotonic() < until
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=60)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    found = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found.step == last
 
 
 def _workers(parent: int) -> list[int]:
@@ -206,7 +240,7 @@ _FULL = """
 import resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY))
-runpy.run_module("vlm.cli.train", run_name="__main__", alter_sys=True)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
 
@@ -219,7 +253,7 @@ def test_where_the_disk_is_full_a_line_says_so_and_the_run_goes_on_later(
     recipe = tiny_recipe(tiny_folder, data, tmp_path / "run")
     command, environment = train_command(recipe, tmp_path)
     environment["VLM_CACHE"] = str(tmp_path / "cache")
-    full = [sys.executable, "-c", _FULL, str(room), command[-1], "--resume", "--quiet"]
+    full = [sys.executable, "-c", _FULL, str(room), "vlm.cli.train", command[-1], "--resume", "--quiet"]
     done = subprocess.run(full, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-3000:]
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr[-3000:]
@@ -227,6 +261,28 @@ def test_where_the_disk_is_full_a_line_says_so_and_the_run_goes_on_later(
     assert train(recipe, resume=True, quiet=True).finished
     train(recipe.model_copy(update={"output": str(tmp_path / "through")}), quiet=True)
     assert_same_runs(tmp_path / "run", tmp_path / "through", rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("room", [50, 2_000])
+def test_where_the_disk_is_full_an_evaluation_says_so_and_ends_the_same_later(
+    room: int, tiny_folder: Callable[..., Path], data: Path, tmp_path: Path
+) -> None:
+    """Where answers are kept, and where results are written."""
+    train(tiny_recipe(tiny_folder, data, tmp_path / "model", steps=1), quiet=True)
+    benchmark = caption_benchmark(tmp_path, data.parent)
+    asked = ["vlm.cli.eval", str(benchmark), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "scored")]
+    environment = {**os.environ, "VLM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    full = [sys.executable, "-c", _FULL, str(room), *asked]
+    done = subprocess.run(full, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr[-3000:]
+    assert "File too large" in done.stderr
+    assert not (tmp_path / "scored" / "results.json").exists()
+    results = [
+        evaluate(benchmark, tmp_path / "model", output=tmp_path / name, progress=False) for name in ("scored", "x")
+    ]
+    assert results[0].score == results[1].score
+    assert len((tmp_path / "scored" / "samples.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(

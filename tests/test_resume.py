@@ -1,6 +1,8 @@
 """`--resume` goes on exactly on every stage of every family, with any number of processes; old checkpoints go."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,14 @@ from typing import Any
 import pytest
 from dual_parts import captions, dual_recipe
 from test_qformer_model import qformer_recipe, qformer_spec
-from training_parts import assert_same_runs, conversations, run_in_processes, tiny_recipe, train_until
+from training_parts import (
+    assert_same_runs,
+    conversations,
+    run_in_processes,
+    tiny_recipe,
+    train_command,
+    train_until,
+)
 
 from vlm import train
 from vlm.recipe import Recipe
@@ -102,6 +111,17 @@ def test_a_run_goes_on_with_another_number_of_processes(make: Make, tmp_path: Pa
     run_in_processes(tmp_path, 2, *((recipe, True, 0) for recipe in recipes))
     for stage in stages:
         assert_same_runs(tmp_path / f"{stage}-one", tmp_path / f"{stage}-many", rtol=1e-3, atol=1e-4)
+
+
+def test_accelerate_launches_it_too(make: Make, tmp_path: Path) -> None:
+    train(make("projection", "one"), quiet=True)
+    command, environment = train_command(make("projection", "many"), tmp_path)
+    options = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, *command[1:]]
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WORLD_SIZE" not in environment
+    assert_same_runs(tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.parametrize("keep", [1, 3])

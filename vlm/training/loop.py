@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Trainer:
             compile_layers(self.model)
         if recipe.train.gradient_checkpointing:
             checkpoint_layers(self.model)
-        with self._one_at_a_time():
+        with self.accelerator.main_process_first():  # then the others find its results in the cache
             self.source = build_source(self.model, recipe.data, recipe.train.seed, self.report.say)
         self.source.keep_features(Together(self.rank, self.world, lambda own: gather_object([own])))
         self.steps = recipe.train.steps or math.ceil(
@@ -144,12 +144,6 @@ class Trainer:
             self.report.say(f"resuming at step {self.step}")
         if self.rank == 0:
             self.folder.forget_metrics_after(self.step, self.scored)
-
-    @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """The first process works alone, then the others find its results in the cache."""
-        with self.accelerator.main_process_first():
-            yield
 
     # ---- train ----------------------------------------------------------------------------------------------
 
