@@ -28,5 +28,6 @@ def forward_operations(module: nn.Module, *inputs: Tensor) -> float:
         sharded = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
         whole = {name: torch.empty(p.shape, dtype=p.dtype, device=device) for name, p in sharded.items()}
         given = tuple(torch.empty(value.shape, dtype=value.dtype, device=device) for value in inputs)
-        torch.func.functional_call(module, whole, given)
+        # Not tied: a module that stands in two places would be put back as it was only in one.
+        torch.func.functional_call(module, whole, given, tie_weights=False)
     return float(counter.get_total_flops())
