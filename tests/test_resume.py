@@ -82,7 +82,10 @@ def test_a_second_stage_of_a_q_former_goes_on_exactly(
     first = make("Q-Former stage 1", "first", steps=1)
     train(first, quiet=True)
     content = make("projection", "x").model_dump(mode="json")
-    content["model"]["bridge"] = {"type": "qformer", **first.model.bridge.model_dump(mode="json")}
+    content["model"]["bridge"] = {
+        "type": "qformer",
+        **first.model.bridge.model_dump(mode="json", exclude={"embed_width"}),
+    }
     content["model"]["image_encoder"] = first.model.image_encoder.model_dump(mode="json")
     second = Recipe.model_validate({**content, "init_from": str(tmp_path / "first")})
     train(second.model_copy(update={"output": str(tmp_path / "through")}), quiet=True)
@@ -93,8 +96,8 @@ def test_a_second_stage_of_a_q_former_goes_on_exactly(
 
 
 def test_a_run_goes_on_with_another_number_of_processes(make: Make, tmp_path: Path) -> None:
-    """Begun by one, gone on with by three, ended by two, in micro-batches that leave the last process less to do."""
-    stages = ["contrast", "Q-Former without dropout", "projection", "mixed"]
+    """Begun by one, ended by three, in micro-batches that leave the last process less to do."""
+    stages = ["contrast", "Q-Former without dropout", "mixed"]
 
     def recipe_of(stage: str, output: str) -> Recipe:
         if stage != "Q-Former without dropout":
@@ -107,8 +110,7 @@ def test_a_run_goes_on_with_another_number_of_processes(make: Make, tmp_path: Pa
     for stage, recipe in zip(stages, recipes):
         train(recipe_of(stage, f"{stage}-one"), quiet=True)
         _stopped(recipe, 1)
-    run_in_processes(tmp_path, 3, *((recipe, True, 3) for recipe in recipes))
-    run_in_processes(tmp_path, 2, *((recipe, True, 0) for recipe in recipes))
+    run_in_processes(tmp_path, 3, *((recipe, True, 0) for recipe in recipes))
     for stage in stages:
         assert_same_runs(tmp_path / f"{stage}-one", tmp_path / f"{stage}-many", rtol=1e-3, atol=1e-4)
 
