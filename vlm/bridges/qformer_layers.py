@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -199,8 +199,12 @@ class QFormerLayer(nn.Module):
             asking = [end for part, x in asking if (end := part.end(x))]
             rows = _join([x for _, x in asking])
         attended, residuals = [], []
+        joined: dict[Any, KeysValues] = {}  # what several parts see alike is put together once
         for (part, x), own in zip(asking, attention.query(rows).split([len(x) for _, x in asking])):
-            seen_keys, seen_values = _seen(part, parts, kept, prefix)
+            what = part.sees, id(part.slots)
+            if what not in joined:
+                joined[what] = _seen(part, parts, kept, prefix)
+            seen_keys, seen_values = joined[what]
             count = len(seen_keys)
             heads = attention.split(part.layout.unpack(own)).expand(count, -1, -1, -1)  # [B, h, S, d]
             attended.append(part.layout.pack(attention.attend(heads, seen_keys, seen_values, part.mask)))
