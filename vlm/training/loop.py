@@ -199,7 +199,8 @@ class Trainer:
         rounds = math.ceil(math.ceil(len(samples) / self.world) / size)  # of the process that has most
         if self._unwrapped.needs_pairs and not batches:
             batches = [self.model.empty_batch()]
-        self._spare = batches[-1] if batches else self._spare
+        if section.fsdp and batches:
+            self._spare = batches[-1]
         batches += [None] * (rounds - len(batches))
         first = self._first_pass(batches, counts, seed) if rounds > 1 else None
 
