@@ -109,6 +109,17 @@ def test_memory_is_that_of_a_real_step(checkpointing: bool, tiny_folder: Callabl
     assert planned.working == pytest.approx(peak, rel=0.15)
 
 
+@pytest.mark.parametrize("kind", ["dual encoder", "Q-Former"])
+def test_memory_of_pairs_is_that_of_a_real_step(kind: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As above, of objectives that compare the whole batch."""
+    recipe = _recipe(kind, tiny_folder, tmp_path)
+    trainer, samples, work = _real_step(recipe, cached=False)
+    trainer.train_step(samples)
+    peak = _allocated(lambda: trainer.train_step(samples))
+    planned = measure(recipe, work, "fp32", 8, 8, cached=False, checkpointing=False)
+    assert planned.working == pytest.approx(peak, rel=0.15)
+
+
 def _allocated(run: Callable[[], Any]) -> int:
     """The most bytes that torch's allocator on the CPU held at a time, above what it held before."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
