@@ -1,7 +1,7 @@
 """Loss masks exact to the token: decoding the trained tokens gives what the assistant said, and nothing else."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import CHATML, tiny_sentencepiece_tokenizer, tiny_tokenizer, tiny_vicuna_tokenizer
 
@@ -13,7 +13,7 @@ from vlm.data.conversation import (
     tokenize_prompt_and_text,
 )
 from vlm.data.packing import IGNORE, build_row, concatenate, expand_slots, truncate
-from vlm.data.records import QUOTED_PLACEHOLDER, Message
+from vlm.data.records import IMAGE_PLACEHOLDER, QUOTED_PLACEHOLDER, Message
 from vlm.data.templates import TEMPLATES, answer_end, image_in_front, render, resolve_template
 from vlm.errors import VlmError
 
@@ -114,6 +114,7 @@ def test_exactly_the_assistants_words_and_end_token_are_trained(tokenizers, temp
 @given(answer=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=12))
 def test_whatever_the_assistant_says_is_what_is_trained(tokenizers, template, name, answer):
     tokenizer = tokenizers[name]
+    assume(IMAGE_PLACEHOLDER not in answer)  # no text but the place of a picture
     answer = f"x{answer.strip()}x"  # white space at the ends may belong to the template's own tokens
     text = tokenize_conversation([TURNS[0], Message("assistant", answer), *TURNS[2:3]], template, tokenizer)
     assert said_by(text, tokenizer) == [answer + end_of(template, tokenizer)]
