@@ -100,6 +100,15 @@ def _group_of_two() -> list[dict[str, str]]:
     return [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
+def _wait_for_a_step(run: Path, processes: list[subprocess.Popen[str]]) -> None:
+    """Until the processes have logged one; fails where one of them ends before."""
+    until = time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_when_a_process_dies_the_others_say_so_and_end(
     torchrun: bool, tiny_folder: Callable[..., Path], data: Path, tmp_path: Path
@@ -112,11 +121,7 @@ def test_when_a_process_dies_the_others_say_so_and_end(
         for own in each
     ]
     try:
-        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
-        while not metrics.exists():
-            assert time.monotonic() < until
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.1)
+        _wait_for_a_step(tmp_path / "run", processes)
         os.kill(_workers(processes[0].pid)[1] if torchrun else processes[1].pid, signal.SIGKILL)
         _, told = processes[0].communicate(timeout=60)
         assert processes[0].returncode == (1 if torchrun else 2)
@@ -140,11 +145,7 @@ def test_a_sigterm_to_one_process_of_a_group_ends_all_at_one_step_with_a_checkpo
         for own in _group_of_two()
     ]
     try:
-        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
-        while not metrics.exists():
-            assert time.monotonic() < until
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.1)
+        _wait_for_a_step(tmp_path / "run", processes)
         processes[1].send_signal(signal.SIGTERM)
         told = [process.communicate(timeout=60)[1] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], told
@@ -152,7 +153,7 @@ def test_a_sigterm_to_one_process_of_a_group_ends_all_at_one_step_with_a_checkpo
         for process in processes:
             process.kill()
             process.communicate()
-    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     found = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert found is not None
     assert found.step == last
