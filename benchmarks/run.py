@@ -29,21 +29,24 @@ def scripts() -> dict[str, Path]:
 def run_all(names: Sequence[str], environments: str, base: str, seconds: float = SECONDS) -> list[str]:
     """Set peers up, run the scripts of these names; returns what went wrong, a line each."""
     problems = []
+    peers = {}  # environment variables that tell the scripts where
     for peer in sorted((FOLDER / "peers").glob("*.sh")):
-        command = ["bash", str(peer), f"{environments}-{peer.stem}", base]
-        if problem := _run(f"peers/{peer.name}", command, SETUP_SECONDS):
+        folder = Path(f"{environments}-{peer.stem}").resolve()
+        peers[f"VLM_BENCH_{peer.stem.upper()}"] = str(folder)
+        if problem := _run(f"peers/{peer.name}", ["bash", str(peer), str(folder), base], SETUP_SECONDS, {}):
             problems.append(problem)
     for name in names:
-        if problem := _run(f"{name}.py", [sys.executable, str(scripts()[name])], seconds):
+        if problem := _run(f"{name}.py", [sys.executable, str(scripts()[name])], seconds, peers):
             problems.append(problem)
     return problems
 
 
-def _run(name: str, command: list[str], seconds: float) -> str:
+def _run(name: str, command: list[str], seconds: float, told: dict[str, str]) -> str:
     """What went wrong, in words; nothing if all is well."""
     print(f"== {name}", flush=True)
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **told, "PYTHONPATH": path}
     process = subprocess.Popen(command, cwd=FOLDER.parent, env=environment, start_new_session=True)
     try:
         status = process.wait(timeout=seconds)

@@ -77,7 +77,7 @@ class Lavis:
 
     def __init__(self, images: Tensor, ids: list[list[int]], dropout: float = DROPOUT) -> None:
         here = Path(__file__).parent
-        # `make bench` puts it beside the environment of this Python; VLM_BENCH_LAVIS says where else.
+        # `make bench` says where it put it, which is beside the environment of this Python unless told otherwise.
         folder = os.environ.get("VLM_BENCH_LAVIS") or f"{sys.prefix}-lavis"
         python = Path(folder, "bin", "python")
         if not python.exists():
