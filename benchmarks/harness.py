@@ -29,6 +29,7 @@ from typing import Any
 Step = Callable[[], Any]
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "runs" / "benchmarks.jsonl"
+_SIZE, _PRODUCTS = 1536, 8  # of the products that show the machine's peak
 _RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
@@ -39,9 +40,10 @@ class Case:
     speed_target: how many times faster ours is meant to be. memory_target: the largest share of their memory that ours
     may need. measure_memory: also without a target. check: given what the two steps returned, raises if they differ.
     operations: given our step, the floating-point operations of its matrix products, for their share of the machine's
-    peak, which is meant to be at least peak_target.
+    peak, which is meant to be at least peak_target. The peak is that of large products that take turns with both sides.
     repeats: turns of each side behind a first one, which warms up and is checked; 0: that first one is timed, for steps
     so long that nothing else counts.
+    keeps_memory: keep the memory that a step frees, as our training does; both sides, but one with its own process.
     A step that has a `pid` runs in that process, which is weighed instead of this one.
     """
 
@@ -57,6 +59,7 @@ class Case:
     check: Callable[[Any, Any], None] | None = None
     operations: Callable[[Any], float] | None = None
     peak_target: float | None = None
+    keeps_memory: bool = False
 
 
 def main(cases: Mapping[str, Case], packages: Sequence[str] = ()) -> None:
@@ -104,23 +107,23 @@ def _measure(script: Path, name: str, case: Case, repeats: int | None) -> dict[s
 
 
 def _run(case: Case, repeats: int | None) -> dict[str, Any]:
-    from vlm.training.memory import keep_freed_memory
+    if case.keeps_memory:
+        from vlm.training.memory import keep_freed_memory
 
-    keep_freed_memory()  # as training does; for both sides but one with a process of its own
+        keep_freed_memory()
     ours, theirs = case.ours(), case.theirs()
     first: tuple[list[float], list[float]] = ([], [])
     results = [_timed(step, into) for step, into in zip((ours, theirs), first)]  # also warms both up
     if case.check is not None:
         case.check(*results)
     del results
-    if case.operations:
-        _matmul_peak()
     turns = case.repeats if repeats is None else repeats
-    times = take_turns(ours, theirs, turns) if turns else first
+    sides = [ours, theirs, *([_large_products()] if case.operations else [])]
+    times = take_turns(sides, turns) if turns else first
     seconds = {"ours": median(times[0]), "theirs": median(times[1])}
     extra: dict[str, Any] = {}
     if case.operations:
-        peak = _matmul_peak()
+        peak = _PRODUCTS * 2 * _SIZE**3 / median(times[2])
         share = case.operations(ours) / seconds["ours"] / peak
         extra = {"peak_share": share, "peak_target": case.peak_target, "peak": peak}
     return {
@@ -134,12 +137,12 @@ def _run(case: Case, repeats: int | None) -> dict[str, Any]:
     }
 
 
-def take_turns(ours: Step, theirs: Step, repeats: int) -> tuple[list[float], list[float]]:
-    """Seconds of each of `repeats` turns of both sides, one after the other."""
-    times: tuple[list[float], list[float]] = ([], [])
+def take_turns(sides: Sequence[Step], repeats: int) -> list[list[float]]:
+    """Seconds of each of `repeats` turns of every side, one side after the other."""
+    times: list[list[float]] = [[] for _ in sides]
     for turn in range(repeats):
-        sides = [(ours, times[0]), (theirs, times[1])]
-        for step, into in sides if turn % 2 == 0 else reversed(sides):
+        order = list(zip(sides, times))
+        for step, into in order if turn % 2 == 0 else reversed(order):
             _timed(step, into)
     return times
 
@@ -151,12 +154,17 @@ def _timed(step: Step, into: list[float]) -> Any:
     return result
 
 
-def _matmul_peak() -> float:
+def _large_products() -> Step:
+    """What the machine can do at best, as a side that takes turns: matrix products, one after the other."""
     import torch
 
-    from vlm.training.meter import matmul_peak
+    square = torch.randn(_SIZE, _SIZE)
 
-    return matmul_peak(torch.device("cpu"), torch.float32)
+    def step() -> None:
+        for _ in range(_PRODUCTS):
+            square @ square
+
+    return step
 
 
 def peak_memory(step: Step) -> int:

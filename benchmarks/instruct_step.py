@@ -136,6 +136,7 @@ def case(image_tokens: int, lora: bool) -> Case:
         speed_target=1.5,
         memory_target=0.5,
         measure_memory=True,
+        keeps_memory=True,
         check=same,
     )
 

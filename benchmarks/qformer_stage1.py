@@ -130,6 +130,7 @@ def case(lengths: tuple[int, ...], side: Callable[[tuple[int, ...]], Any], peer:
         repeats=3,
         speed_target=target,
         measure_memory=True,
+        keeps_memory=True,
         check=same,
         operations=lambda step: step.model.operations(step.batch),
         peak_target=0.7,

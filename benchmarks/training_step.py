@@ -173,6 +173,7 @@ def case(locked: bool, target: float) -> Case:
         unit="pairs",
         repeats=7,
         speed_target=target,
+        keeps_memory=True,
         check=same,
     )
 
