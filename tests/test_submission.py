@@ -78,3 +78,18 @@ def test_the_command_prints_where_the_file_is(questions: Path, tmp_path: Path, m
         submit(
             "coco_captions", Model(), overrides=["task=retrieval", "metric=TR@1", "protocol=expected", "decoding={}"]
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--submit", "--model", "m", "--limit", "3"], "leave --limit out"),
+        (["--submit", "--model", "m", "--json"], "leave --json out"),
+        (["--submit", "--predictions", "answers.json"], "--submit asks a model"),
+        (["--model", "m", "--partial"], "--partial is about a file"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, ["vqav2", *options])
+    assert done.exit_code == 2
+    assert said in done.stderr

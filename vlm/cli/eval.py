@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from vlm.errors import VlmError
 
 if TYPE_CHECKING:
     from vlm.evaluation import EvaluationResult
+    from vlm.evaluation.benchmark import Benchmark
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -72,94 +74,100 @@ def evaluate(
             raise VlmError("give either --model NAME or --predictions FILE")
         if predictions is not None and len(names) > 1:
             raise VlmError(f"--predictions holds the answers of one benchmark, but {len(names)} are named")
+        if partial and predictions is None:
+            raise VlmError("--partial is about a file: give --predictions FILE, or leave it out")
         if submit:
-            _submit_all(names, overrides, model, output, batch_size, cache, trust_remote_code)
+            if model is None:
+                raise VlmError("--submit asks a model: give --model NAME")
+            for given, option in ((limit, "--limit"), (as_json, "--json")):
+                if given:
+                    raise VlmError(f"--submit writes the whole file and scores nothing: leave {option} out")
+        asked = _Asked(names, overrides, model, predictions, limit, output, batch_size, partial, cache)
+        if submit:
+            _submit_all(asked, trust_remote_code)
         else:
-            _evaluate_all(
-                names,
-                overrides,
-                model,
-                predictions,
-                limit,
-                output,
-                batch_size,
-                as_json,
-                partial,
-                cache,
-                trust_remote_code,
-            )
+            _evaluate_all(asked, trust_remote_code, as_json)
         leave_the_group()
 
 
-def _submit_all(
-    names: list[str],
-    overrides: list[str],
-    model: str | None,
-    output: Path | None,
-    batch_size: int,
-    cache: bool,
-    trust_remote_code: bool,
-) -> None:
-    from vlm.evaluation import load_benchmark
-    from vlm.evaluation.runner import default_output
-    from vlm.evaluation.submission import submit
-    from vlm.loading import load_model
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be scored, or written down, and how: see `evaluate`."""
 
-    if model is None:
-        raise VlmError("--submit asks a model: give --model NAME")
-    plans = [load_benchmark(name, overrides) for name in names]
-    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    names: list[str]
+    overrides: list[str]
+    model: str | None
+    predictions: Path | None
+    limit: int | None
+    output: Path | None
+    batch_size: int
+    partial: bool
+    cache: bool
+
+    def folder(self, name: str) -> Path:
+        """Where the results of a benchmark go."""
+        from vlm.evaluation.runner import default_output
+
+        if self.output is None:
+            return default_output(self.model, name)
+        return self.output / name if len(self.names) > 1 else self.output
+
+    def load(self, trust_remote_code: bool) -> tuple[list["Benchmark"], Any]:
+        """The benchmarks, and the model unless a file is scored. A misspelt name stops before a model is loaded."""
+        from vlm.evaluation import load_benchmark
+
+        plans = [load_benchmark(name, self.overrides) for name in self.names]
+        if self.model is None:
+            return plans, None
+        from vlm.loading import load_model
+
+        return plans, load_model(self.model, trust_remote_code=trust_remote_code)
+
+
+def _submit_all(asked: _Asked, trust_remote_code: bool) -> None:
+    from vlm.evaluation.submission import submit
+
+    plans, model = asked.load(trust_remote_code)
     for plan in plans:
-        folder = output or default_output(model, plan.name)
-        file = submit(plan, loaded, output=folder, batch_size=batch_size, model_name=model, cache=cache)
-        if os.environ.get("RANK", "0") == "0":
+        file = submit(
+            plan,
+            model,
+            output=asked.folder(plan.name),
+            batch_size=asked.batch_size,
+            model_name=asked.model,
+            cache=asked.cache,
+        )
+        if _is_first():
             print(file)
 
 
-def _evaluate_all(
-    names: list[str],
-    overrides: list[str],
-    model: str | None,
-    predictions: Path | None,
-    limit: int | None,
-    output: Path | None,
-    batch_size: int,
-    as_json: bool,
-    partial: bool,
-    cache: bool,
-    trust_remote_code: bool,
-) -> None:
-    from vlm.evaluation import load_benchmark
-    from vlm.evaluation.runner import default_output, evaluate
+def _evaluate_all(asked: _Asked, trust_remote_code: bool, as_json: bool) -> None:
+    from vlm.evaluation.runner import evaluate
 
-    is_first = os.environ.get("RANK", "0") == "0"  # under torchrun one process prints
-    plans = [load_benchmark(name, overrides) for name in names]  # a misspelt one stops before a model is loaded
-    loaded: Any = None
-    if model is not None:
-        from vlm.loading import load_model
-
-        loaded = load_model(model, trust_remote_code=trust_remote_code)
+    plans, model = asked.load(trust_remote_code)
     for plan in plans:
-        folder = default_output(model, plan.name)
-        if output is not None:
-            folder = output / plan.name if len(plans) > 1 else output
         result = evaluate(
             plan,
-            model=loaded,
-            predictions=predictions,
-            limit=limit,
-            output=folder,
-            batch_size=batch_size,
-            model_name=model,
-            partial=partial,
-            cache=cache,
+            model=model,
+            predictions=asked.predictions,
+            limit=asked.limit,
+            output=asked.folder(plan.name),
+            batch_size=asked.batch_size,
+            model_name=asked.model,
+            partial=asked.partial,
+            cache=asked.cache,
         )
-        if not is_first:
+        if not _is_first():
             continue
         if as_json:
             print(json.dumps(result.summary(), ensure_ascii=False, allow_nan=False))
         else:
             _print_result(result)
+
+
+def _is_first() -> bool:
+    """Whether this process prints: under torchrun one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_result(result: "EvaluationResult") -> None:
