@@ -9,7 +9,7 @@ import torch
 from dual_parts import captions, dual_recipe
 from generative_parts import generative_spec
 from test_qformer_model import qformer_recipe
-from training_parts import assert_same_runs, conversations, run_in_processes, tiny_recipe
+from training_parts import assert_same_runs, caption_benchmark, conversations, run_in_processes, tiny_recipe
 
 from vlm import VlmError, train
 from vlm.models.build import build_model
@@ -49,6 +49,19 @@ def whole_language_model(recipe):
 
 
 @pytest.fixture(scope="module")
+def scored(recipe, folder):
+    """Recipes of runs that show samples and are scored as they go."""
+    benchmark = caption_benchmark(folder, folder / "data")
+
+    def make(output, **options):
+        made = recipe(output, sample_every=2, **options)
+        section = made.evaluation.model_copy(update={"benchmarks": [str(benchmark)], "every": 2})
+        return made.model_copy(update={"evaluation": section})
+
+    return make
+
+
+@pytest.fixture(scope="module")
 def mixed(tiny_folder, folder):
     """Recipes of a data set half of which shows no picture: one process shows some, another text alone."""
     data = conversations(folder / "mixed")
@@ -82,10 +95,11 @@ def comparing(tiny_folder, folder):
 
 
 @pytest.fixture(scope="module")
-def sharded(recipe, whole_language_model, mixed, comparing, folder):
+def sharded(recipe, whole_language_model, scored, mixed, comparing, folder):
     """All runs that need several processes: starting those is what takes long."""
     begun_whole = recipe("begun-whole")
     train(begun_whole, quiet=True)
+    due = scored("shards-due", fsdp=True)  # stopped where it has to be scored: that comes before its next step
     cut = [recipe("cut", fsdp=True), *(comparing(f, "cut", fsdp=True, micro_batch_size=2) for f in FAMILIES)]
     run_in_processes(
         folder,
@@ -97,9 +111,11 @@ def sharded(recipe, whole_language_model, mixed, comparing, folder):
         (recipe("begun-sharded", fsdp=True), False, 0),
         (_back_at_step_3(begun_whole, fsdp=True), True, 0),
         *((comparing(family, "shards", fsdp=True), False, 0) for family in FAMILIES),
+        (scored("shards-scored", fsdp=True), False, 0),
+        (due, False, 2),
         *((made, False, 3) for made in cut),
     )
-    run_in_processes(folder, 2, *((made, True, 0) for made in cut))
+    run_in_processes(folder, 2, (due, True, 0), *((made, True, 0) for made in cut))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,6 +162,23 @@ def test_processes_with_and_without_pictures_stay_together(sharded, mixed, folde
     assert_same_runs(folder / "one-mixed", folder / "shards-mixed")
 
 
+def test_a_sharded_run_is_scored_as_it_goes(sharded, scored, folder):
+    """On three processes, and gone on with on two, where a score comes before any step."""
+    train(scored("one-scored"), quiet=True)
+
+    def scored_after(run):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [line["step"] for line in lines if any(name.startswith("eval/") for name in line)]
+
+    def said(run):
+        return [json.loads(line)["prediction"] for line in (run / "eval/tiny/samples.jsonl").read_text().splitlines()]
+
+    for output in ("one-scored", "shards-scored", "shards-due"):
+        assert scored_after(folder / output) == [2, 4, 6]
+        assert said(folder / output) == said(folder / "one-scored")
+        assert_same_runs(folder / "one-scored", folder / output)
+
+
 def test_a_whole_run_goes_on_sharded(sharded, one, folder):
     assert_same_runs(one, folder / "begun-whole")
 
@@ -160,7 +193,6 @@ def test_a_sharded_run_goes_on_whole(sharded, one, recipe, folder):
     [
         ({}, 1, "start it with torchrun"),
         ({"batch_size": 2}, 4, "without a sample"),
-        ({"sample_every": 5}, 2, "sample_every"),
     ],
 )
 def test_where_sharding_cannot_work_is_told_in_one_line(tiny_folder, recipe, changes, world, error):

@@ -176,6 +176,7 @@ class LanguageModel(nn.Module):
             "num_beams": 1,
             "pad_token_id": _pad_id(self.tokenizer),
             "eos_token_id": self.stop_ids,
+            "synced_gpus": False,  # each process writes its own texts, however long: a sharded model is gathered first
         }
         options |= generation
         if cache is not None:

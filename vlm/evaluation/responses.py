@@ -85,15 +85,16 @@ def identity_of(model: Any, plan: "Benchmark") -> dict[str, Any] | None:
 
 def _weights_hash(model: Any) -> str | None:
     """A hash over every weight's name, shape and bytes."""
-    if not callable(getattr(model, "state_dict", None)):
+    if not callable(getattr(model, "named_parameters", None)):
         return None
     import torch
 
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    # Not of `state_dict`, which puts weights that training has gathered back into their shards.
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        held = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # numpy pins memory that shards free
+        digest.update(held.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

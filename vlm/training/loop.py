@@ -27,7 +27,7 @@ from vlm.training.optimiser import build_optimizer, clip_gradients, gradient_nor
 from vlm.training.progress import Reporter
 from vlm.training.run_folder import RunFolder
 from vlm.training.scoring import check_benchmarks, scores_of
-from vlm.training.sharding import average_whole_gradients, shard_task
+from vlm.training.sharding import average_whole_gradients, gathered, shard_task
 from vlm.training.signals import on_sigterm
 from vlm.training.source import Placed, Prepared, build_source
 from vlm.training.task import FirstPass, Task, add_reports
@@ -316,11 +316,10 @@ class Trainer:
 
     def _show_samples(self, count: int = 2) -> None:
         """Print what the model says to the first samples now: the quickest way to see that something is wrong."""
-        if self.rank:
-            return
         self.model.eval()
-        for sample in self.source.sources[0][:count]:
-            self.report.sample(sample.images, *self.model.say_sample(sample, max_new_tokens=24))
+        with gathered(self.task):
+            for sample in self.source.sources[0][:count] if self.rank == 0 else ():
+                self.report.sample(sample.images, *self.model.say_sample(sample, max_new_tokens=24))
         self.model.train()
 
     def _evaluation_is_due(self) -> bool:
@@ -331,6 +330,15 @@ class Trainer:
     def _evaluate(self) -> None:
         """Score the model as it is, and keep it if it is the best by the first benchmark."""
         self.model.eval()
+        with gathered(self.task):
+            self._score()
+        self.scored = self.step
+        if self.rank == 0:
+            amend_checkpoint(self.folder.checkpoints, self._state())
+        self.model.train()
+        self.accelerator.wait_for_everyone()
+
+    def _score(self) -> None:
         for number, (name, score) in enumerate(scores_of(self.model, self.recipe.evaluation, self.folder.path)):
             best = number == 0 and score > self.best.get("score", -math.inf)
             if best:
@@ -341,11 +349,6 @@ class Trainer:
                 if best:
                     save_model_folder(self.model, self.recipe.trainable, self.folder.best, weights)
             self.report.say(f"step {self.step}: {name} {score:.1f}")
-        self.scored = self.step
-        if self.rank == 0:
-            amend_checkpoint(self.folder.checkpoints, self._state())
-        self.model.train()
-        self.accelerator.wait_for_everyone()
 
     # ---- save -----------------------------------------------------------------------------------------------
 

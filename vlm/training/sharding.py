@@ -1,6 +1,8 @@
 """Fully sharded training (FSDP, Zhao et al. 2023): each process keeps its share of weights, gradients and optimiser."""
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,28 @@ def shard_task(task: Task, recipe: Recipe, world: int, device: torch.device, pre
             module.register_forward_pre_hook(_with_gradient, with_kwargs=True, prepend=True)
     fully_shard(task, mesh=mesh, ignored_params=set(stays_whole(task.model)))
     register_fsdp_forward_method(task, "first_pass")
+
+
+@contextmanager
+def gathered(task: nn.Module) -> Iterator[None]:
+    """Let every process hold the whole of a sharded model meanwhile, so that each can run it, or not, as it likes.
+
+    For all processes together; without gradients. What has no shards stays as it is.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in task.modules() if isinstance(module, FSDPModule)]
+    # The hooks would gather again, and note each layer's turn for the next backward pass, which all have to agree on.
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in parts]
+    for part in parts:
+        part.unshard()
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, before, after in hooks:
+            part._forward_pre_hooks, part._forward_hooks = before, after
+            part.reshard()
 
 
 def stays_whole(model: nn.Module) -> list[nn.Parameter]:
@@ -82,8 +106,6 @@ def _check(recipe: Recipe, world: int, device: torch.device, precision: str) -> 
         f"train.batch_size={recipe.train.batch_size} leaves some of {world} processes without a sample": (
             recipe.train.batch_size < world
         ),
-        "evaluation.benchmarks and train.sample_every need the whole model on one device: set them to [] and 0, and "
-        "score the run afterwards": bool(recipe.evaluation.benchmarks or recipe.train.sample_every),
     }
     for reason, holds in refused.items():
         if holds:
