@@ -271,9 +271,12 @@ def test_pictures_that_share_a_caption_are_no_negatives_where_the_recipe_says_so
     for row, places in enumerate(zip(drawn.images, drawn.texts)):
         assert (odd in places) == (row != odd)
         assert row == odd or set(places) == {odd}
-    plain = find_negatives(trainer.model, pairs, [batch], ObjectiveSpec(name="itm"))
-    assert plain is not None
-    assert any(odd not in places for row, places in enumerate(zip(plain.images, plain.texts)) if row != odd)
+    ever: set[int] = set()
+    for _ in range(20):  # any of them may draw it by chance
+        plain = find_negatives(trainer.model, pairs, [batch], ObjectiveSpec(name="itm"))
+        assert plain is not None
+        ever |= {int(place) for row, place in enumerate(plain.texts) if row != odd}
+    assert ever - {odd}
     groups = pairs.together(recipe.objectives[0])
     assert len(groups.unique()) == 2
     assert trainer.train().finished
