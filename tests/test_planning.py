@@ -28,7 +28,7 @@ from vlm.training.loop import Trainer
 SAYING = "a red circle that stands on a wide green field below the blue sky"
 
 
-def _conversations(folder: Path, count: int, words: tuple[str, ...] = (SAYING,)) -> Path:
+def conversations_of_one_length(folder: Path, count: int, words: tuple[str, ...] = (SAYING,)) -> Path:
     """The same sayings about every picture, so that all samples are of one length."""
     folder.mkdir(parents=True, exist_ok=True)
     items = [
@@ -58,12 +58,12 @@ def _captions(folder: Path, count: int) -> Path:
 def _recipe(kind: str, tiny_folder: Callable[..., Path], folder: Path, **train: Any) -> Recipe:
     train = {"batch_size": 8, "steps": 2, **train}
     if kind == "generative":
-        return tiny_recipe(tiny_folder, _conversations(folder / "data", 8), folder / "run", **train)
+        return tiny_recipe(tiny_folder, conversations_of_one_length(folder / "data", 8), folder / "run", **train)
     make = dual_recipe if kind == "dual encoder" else qformer_recipe
     return make(tiny_folder, _captions(folder / "data", 8), folder / "run", train=train)
 
 
-def _real_step(recipe: Recipe, cached: bool) -> tuple[Trainer, Any, Workload]:
+def real_step(recipe: Recipe, cached: bool) -> tuple[Trainer, Any, Workload]:
     """A trainer, the samples of its first step, and what these are to a plan."""
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_features": cached})})
     trainer = Trainer(recipe, quiet=True)
@@ -84,7 +84,7 @@ def test_operations_are_those_of_a_real_step(
     kind: str, micro: int, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     recipe = _recipe(kind, tiny_folder, tmp_path, micro_batch_size=micro)
-    trainer, samples, work = _real_step(recipe, cached=False)
+    trainer, samples, work = real_step(recipe, cached=False)
     with flop_counter() as counter:
         trainer.train_step(samples)
     planned = measure(recipe, work, "fp32", micro, 8, cached=False, checkpointing=False)
@@ -99,12 +99,12 @@ def test_memory_is_that_of_a_real_step(checkpointing: bool, tiny_folder: Callabl
     Two texts share a picture, so that a row needs a mask: transformers leaves out one that hides nothing.
     """
     recipe = _recipe("generative", tiny_folder, tmp_path, gradient_checkpointing=checkpointing, batch_size=8)
-    file = _conversations(tmp_path / "long", 8, (" ".join([SAYING] * 4), " ".join([SAYING[::-1]] * 4)))
+    file = conversations_of_one_length(tmp_path / "long", 8, (" ".join([SAYING] * 4), " ".join([SAYING[::-1]] * 4)))
     source = recipe.data.train[0].model_copy(update={"dataset": str(file), "images": str(file.parent)})
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": [source]})})
-    trainer, samples, work = _real_step(recipe, cached=False)
+    trainer, samples, work = real_step(recipe, cached=False)
     trainer.train_step(samples)  # the optimiser's state is made here
-    peak = _allocated(lambda: trainer.train_step(samples))
+    peak = allocated(lambda: trainer.train_step(samples))
     planned = measure(recipe, work, "fp32", 8, 8, cached=False, checkpointing=checkpointing)
     assert planned.working == pytest.approx(peak, rel=0.15)
 
@@ -113,14 +113,14 @@ def test_memory_is_that_of_a_real_step(checkpointing: bool, tiny_folder: Callabl
 def test_memory_of_pairs_is_that_of_a_real_step(kind: str, tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     """As above, of objectives that compare the whole batch."""
     recipe = _recipe(kind, tiny_folder, tmp_path)
-    trainer, samples, work = _real_step(recipe, cached=False)
+    trainer, samples, work = real_step(recipe, cached=False)
     trainer.train_step(samples)
-    peak = _allocated(lambda: trainer.train_step(samples))
+    peak = allocated(lambda: trainer.train_step(samples))
     planned = measure(recipe, work, "fp32", 8, 8, cached=False, checkpointing=False)
     assert planned.working == pytest.approx(peak, rel=0.15)
 
 
-def _allocated(run: Callable[[], Any]) -> int:
+def allocated(run: Callable[[], Any]) -> int:
     """The most bytes that torch's allocator on the CPU held at a time, above what it held before."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds, profile_memory=True) as profile:

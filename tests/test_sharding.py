@@ -9,7 +9,7 @@ import torch
 from dual_parts import captions, dual_recipe
 from generative_parts import generative_spec
 from test_qformer_model import qformer_recipe
-from training_parts import assert_same_runs, caption_benchmark, conversations, run_in_processes, tiny_recipe
+from training_parts import assert_same_runs, caption_benchmark, conversations, losses, run_in_processes, tiny_recipe
 
 from vlm import VlmError, train
 from vlm.models.build import build_model
@@ -113,6 +113,8 @@ def sharded(recipe, whole_language_model, scored, mixed, comparing, folder):
         *((comparing(family, "shards", fsdp=True), False, 0) for family in FAMILIES),
         (scored("shards-scored", fsdp=True), False, 0),
         (due, False, 2),
+        (scored("shards-half", fsdp=True, precision="bf16"), False, 0),
+        (whole_language_model("shards-half-whole", fsdp=True, precision="bf16", gradient_checkpointing=True), False, 0),
         *((made, False, 3) for made in cut),
     )
     run_in_processes(folder, 2, (due, True, 0), *((made, True, 0) for made in cut))
@@ -177,6 +179,15 @@ def test_a_sharded_run_is_scored_as_it_goes(sharded, scored, folder):
         assert scored_after(folder / output) == [2, 4, 6]
         assert said(folder / output) == said(folder / "one-scored")
         assert_same_runs(folder / "one-scored", folder / output)
+
+
+def test_shards_in_bf16_learn_what_one_process_learns(sharded, scored, whole_language_model, folder):
+    """Layers are gathered as bf16, which autocast would make of them; scores come in between."""
+    for output, make in (("half", scored), ("half-whole", whole_language_model)):
+        train(make(f"one-{output}", precision="bf16"), quiet=True)
+        torch.testing.assert_close(
+            losses(folder / f"shards-{output}"), losses(folder / f"one-{output}"), rtol=2e-3, atol=0
+        )
 
 
 def test_a_whole_run_goes_on_sharded(sharded, one, folder):

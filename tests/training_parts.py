@@ -134,14 +134,20 @@ def run_in_processes(folder: Path, processes: int, *runs: tuple[Recipe, bool, in
         file = folder / f"run-{number}.yaml"
         file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
         asked.append((str(file), resume, stop))
-    program = folder / "runs.py"
-    program.write_text(_RUNS)
+    program_in_processes(folder, processes, _RUNS, json.dumps(asked))
+
+
+def program_in_processes(folder: Path, processes: int, program: str, *arguments: str) -> str:
+    """What a program that may import these parts prints when torchrun starts it in several processes."""
+    file = folder / "program.py"
+    file.write_text(program)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(paths)}
-    command = [sys.executable, *launcher, str(program), json.dumps(asked)]
+    command = [sys.executable, *launcher, str(file), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def weights(folder: Path) -> dict[str, Any]:

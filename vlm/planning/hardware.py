@@ -38,5 +38,5 @@ def find_gpu(name: str) -> Gpu:
     """The GPU of that name. Raises VlmError with the nearest known names."""
     key = name.lower().replace("_", "-").replace(" ", "")
     if key not in GPUS:
-        raise VlmError(f"--gpu: unknown GPU {name!r}{did_you_mean(key, GPUS)}; known: {', '.join(GPUS)}")
+        raise VlmError(f"--gpu: unknown GPU {name!r}{did_you_mean(key, GPUS)}")
     return GPUS[key]

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm.models.meta import build_on_meta, part_sizes, trained_sizes
 from vlm.planning.fake import make_fake
-from vlm.planning.memory import Held, held
+from vlm.planning.memory import Held, held, language_layers
 from vlm.planning.parts import step_parts
 from vlm.planning.step import Cost, run_step
 from vlm.planning.workload import Workload
@@ -42,14 +42,25 @@ def encoder_is_frozen(model: nn.Module) -> bool:
 
 
 def measure(
-    recipe: Recipe, work: Workload, precision: str, micro: int, mine: int, cached: bool, checkpointing: bool
+    recipe: Recipe,
+    work: Workload,
+    precision: str,
+    micro: int,
+    mine: int,
+    cached: bool,
+    checkpointing: bool,
+    sharded: bool = False,
 ) -> Measured:
     """Run a micro-batch of `micro` samples of the `mine` that a process takes of each global batch.
 
+    sharded: language models' layers are of the type that they are gathered in, and their gradients are there.
     Raises VlmError where layers cannot be checkpointed, or a part's configuration is not known.
     """
     model = build_on_meta(recipe.model, recipe.trainable, precision)
-    parameters, trained, found = part_sizes(model), trained_sizes(model), held(model)
+    parameters, trained, found = part_sizes(model), trained_sizes(model), held(model, precision)
+    layers = language_layers(model) if sharded else []
+    for layer in layers if precision == "bf16" else []:
+        layer.to(torch.bfloat16)
     names = tuple(spec.name for spec in recipe.objectives)
     compares = bool({"itc", "sigmoid_itc", "itm"} & set(names))
     accumulates = micro < mine
@@ -59,13 +70,13 @@ def measure(
     if checkpointing:
         checkpoint_layers(model)
     with mode:
-        if accumulates:
-            for parameter in model.parameters():
+        for part in layers if sharded else [model] if accumulates else []:
+            for parameter in part.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
         whole = recipe.train.batch_size if compares and not accumulates else 0
         parts, inputs = step_parts(model, work.load(micro, whole), names, cached)
-        cost = run_step(parts, inputs, DTYPES[precision])
+        cost = run_step(parts, inputs, DTYPES[precision], cache=not checkpointing)
         flops = _per_sample(cost, micro)
         working = float(cost.peak)
         if compares and accumulates:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from vlm.training.memory import transformer_layers
 from vlm.training.sharding import stays_whole
 
 OPTIMISER_BYTES, GRADIENT_BYTES = 8, 4  # AdamW's two moments and the gradient of a trained parameter, all in fp32
@@ -14,8 +15,9 @@ NF4_BYTES = 0.516  # of a weight in 4 bits, with the scales of its blocks (Dettm
 class Held:
     """Bytes of a model that stay all along. language: those of frozen language model weights that 4 bits could hold.
 
-    apart: weights that sharding leaves whole. layer: the largest layer's, which sharding gathers one after the other.
-    rest: those in no such layer, gathered while a step lasts. trained: number of trained parameters.
+    apart: weights that sharding leaves whole. layer: the largest layer's, as sharding gathers them one after the other,
+    and layer_gradients what its gradients take till they are shared. rest, rest_gradients: the same of what is in no
+    such layer, which is gathered while a step lasts. trained: number of trained parameters.
     """
 
     weights: int
@@ -24,7 +26,9 @@ class Held:
     language_parameters: int
     apart: int
     layer: int
+    layer_gradients: int
     rest: int
+    rest_gradients: int
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,27 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def held(model: nn.Module) -> Held:
+def held(model: nn.Module, precision: str) -> Held:
     """What a model holds, wherever its tensors lie."""
     own = _unique(model)
     language = getattr(model, "language_model", None)
     frozen = [p for p in _unique(language) if not _learns(p) and p.ndim == 2] if language is not None else []
-    apart = _bytes(list(stays_whole(model)))
-    layers = [_bytes(_unique(layer)) for layer in _layers(language)] if language is not None else []
+    whole = list(stays_whole(model))
+    layers = [_unique(layer) for layer in language_layers(model)]
+    inside = {id(t) for t in (*whole, *(t for layer in layers for t in layer))}
+    rest = [t for t in own if isinstance(t, nn.Parameter) and id(t) not in inside]
+    size = 2 if precision == "bf16" else 4  # as `shard_task` gathers layers
+    largest = max(layers, key=_bytes, default=[])
     return Held(
         weights=_bytes(own),
-        trained=sum(t.numel() for t in own if _learns(t)),
+        trained=_learning(own),
         language=_bytes(frozen),
         language_parameters=sum(t.numel() for t in frozen),
-        apart=apart,
-        layer=max(layers, default=0),
-        rest=_bytes([t for t in own if isinstance(t, nn.Parameter)]) - apart - sum(layers),
+        apart=_bytes(whole),
+        layer=sum(t.numel() for t in largest) * size,
+        layer_gradients=_learning(largest) * (size + GRADIENT_BYTES),  # as computed, and as sent
+        rest=_bytes(rest),
+        rest_gradients=_learning(rest) * 2 * GRADIENT_BYTES,
     )
 
 
@@ -71,7 +81,8 @@ def memory(
 ) -> Memory:
     """Bytes on one GPU.
 
-    working: most bytes alive in a micro-batch, with gradients unless it `accumulates` into those that are there.
+    working: most bytes alive in a micro-batch, with gradients unless it `accumulates` into those that are there; where
+    `sharded`, with those of no layer.
     """
     shares = processes if sharded else 1
     weights = found.weights - found.apart
@@ -81,18 +92,28 @@ def memory(
     gradients = found.trained * GRADIENT_BYTES / shares
     optimizer = found.trained * OPTIMISER_BYTES / shares
     # The gradients of a first micro-batch come while its activations go.
-    activations = working if accumulates else max(working - found.trained * GRADIENT_BYTES, 0.0)
-    stepping = gradients if sharded else 0.0  # AdamW, which is fused where tensors are whole
+    activations = working if accumulates else max(working - gradients, 0.0)
+    stepping = 0.0
     buffers = 0.0
     if sharded:
-        buffers = 2.0 * found.layer + max(found.rest, 0)
+        stepping = max(gradients, found.rest_gradients)  # AdamW is fused where tensors are whole
+        buffers = 2.0 * found.layer + found.layer_gradients + found.rest
     elif processes > 1:
         buffers = float(found.trained * GRADIENT_BYTES)
     return Memory(weights / shares + apart, gradients, optimizer, max(activations, stepping), buffers)
 
 
+def language_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that sharding gathers one after the other."""
+    return transformer_layers(getattr(model, "language_model", nn.Module()))
+
+
 def _learns(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+
+def _learning(tensors: list[Tensor]) -> int:
+    return sum(t.numel() for t in tensors if _learns(t))
 
 
 def _unique(module: nn.Module) -> list[Tensor]:
@@ -101,9 +122,3 @@ def _unique(module: nn.Module) -> list[Tensor]:
 
 def _bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _layers(module: nn.Module) -> list[nn.Module]:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [m for m in module.modules() if isinstance(m, GradientCheckpointingLayer)]

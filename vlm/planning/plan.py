@@ -83,7 +83,7 @@ def make_plan(
     mine = math.ceil(recipe.train.batch_size / gpus)
     micro = min(recipe.train.micro_batch_size or mine, mine)
     trial = _Trial(recipe, work, precision, mine, cached, gpus)
-    found = trial.measured(micro, recipe.train.gradient_checkpointing)
+    found = trial.measured(micro, recipe.train.gradient_checkpointing, recipe.train.fsdp)
     chosen = trial.memory(micro, recipe.train.gradient_checkpointing, recipe.train.fsdp)
     limit = card.memory * USABLE
     fits = chosen.total <= limit
@@ -124,20 +124,18 @@ class _Trial:
     def __init__(self, recipe: Recipe, work: Any, precision: str, mine: int, cached: bool, gpus: int) -> None:
         self.recipe, self.work, self.precision = recipe, work, precision
         self.mine, self.cached, self.gpus = mine, cached, gpus
-        self._made: dict[tuple[int, bool], Measured] = {}
+        self._made: dict[tuple[int, bool, bool], Measured] = {}
 
-    def measured(self, micro: int, checkpointing: bool) -> Measured:
+    def measured(self, micro: int, checkpointing: bool, sharded: bool) -> Measured:
         """The measurement. Raises VlmError where layers cannot be checkpointed."""
-        key = micro, checkpointing
+        key = micro, checkpointing, sharded and self._language is not None  # whose layers are gathered one by one
         if key not in self._made:
-            self._made[key] = measure(
-                self.recipe, self.work, self.precision, micro, self.mine, self.cached, checkpointing
-            )
+            self._made[key] = measure(self.recipe, self.work, self.precision, micro, self.mine, self.cached, *key[1:])
         return self._made[key]
 
     def memory(self, micro: int, checkpointing: bool, sharded: bool, four_bits: bool = False) -> Memory:
         """Memory of one GPU."""
-        found = self.measured(micro, checkpointing)
+        found = self.measured(micro, checkpointing, sharded)
         four_bits = four_bits or getattr(self._language, "quantization", "none") == "4bit"
         return memory(found.held, found.working, micro < self.mine, self.gpus, sharded, four_bits)
 
@@ -153,7 +151,7 @@ class _Trial:
     def checkpoints(self, micro: int) -> list[bool]:
         """Off, and on where the model has layers for it."""
         try:
-            self.measured(micro, True)
+            self.measured(micro, True, self.recipe.train.fsdp)
         except VlmError:
             return [False]
         return [False, True]

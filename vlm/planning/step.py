@@ -37,8 +37,12 @@ class Cost:
         return sum(self.forward.values()) + sum(self.backward.values())
 
 
-def run_step(parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.dtype, backward: bool = True) -> Cost:
+def run_step(
+    parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.dtype, backward: bool = True, cache: bool = True
+) -> Cost:
     """Forward and backward of a chain of parts on `inputs`, with autocast where `precision` is not fp32.
+
+    cache: whether autocast keeps the weights that it casts.
 
     Each part's backward runs by itself, from the gradients of what it wrote to those of what it read, so that
     everything is counted where it belongs.
@@ -47,7 +51,7 @@ def run_step(parts: Sequence[Part], inputs: dict[str, Tensor], precision: torch.
     device = next(iter(inputs.values())).device.type
     values, chain = dict(inputs), []
     with StepMeter() as meter:
-        with torch.autocast(device, precision, enabled=precision != torch.float32):
+        with torch.autocast(device, precision, enabled=precision != torch.float32, cache_enabled=cache):
             seen = 0
             for part in parts:
                 read = [values[name] for name in part.reads]

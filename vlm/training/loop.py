@@ -61,7 +61,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, resume: bool = False, quiet: bool = False) -> None:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs, gather_object
+        from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, gather_object
 
         self.recipe = recipe
         device = pick_device()
@@ -72,7 +72,10 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                AutocastKwargs(cache_enabled=not recipe.train.gradient_checkpointing),  # see `checkpoint_layers`
+            ],
             log_with=list(recipe.train.track) or None,
             project_dir=recipe.output,
         )
@@ -208,9 +211,10 @@ class Trainer:
         reports = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.task), self.accelerator.autocast():
+            with nullcontext() if last else self.accelerator.no_sync(self.task):
                 idle = batch is None and section.fsdp and not self._unwrapped.needs_pairs
-                with activations_on_cpu(section.cpu_offload):
+                # The backward pass comes after autocast, which till then keeps a copy of each weight that it cast.
+                with self.accelerator.autocast(), activations_on_cpu(section.cpu_offload):
                     loss, parts = self.task(self._spare if idle else batch, counts, seed, first, number)
                 if idle:
                     loss, parts = loss * 0.0, {}
@@ -317,7 +321,7 @@ class Trainer:
     def _show_samples(self, count: int = 2) -> None:
         """Print what the model says to the first samples now: the quickest way to see that something is wrong."""
         self.model.eval()
-        with gathered(self.task):
+        with gathered(self.task, self.device, self.precision):
             for sample in self.source.sources[0][:count] if self.rank == 0 else ():
                 self.report.sample(sample.images, *self.model.say_sample(sample, max_new_tokens=24))
         self.model.train()
@@ -330,7 +334,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Score the model as it is, and keep it if it is the best by the first benchmark."""
         self.model.eval()
-        with gathered(self.task):
+        with gathered(self.task, self.device, self.precision):
             self._score()
         self.scored = self.step
         if self.rank == 0:

@@ -38,7 +38,8 @@ def checkpoint_layers(model: nn.Module) -> int:
 
     Chen et al. 2016. transformers' own switch works in training mode only, and frozen parts that gradients flow through
     stay in eval mode; this one works wherever gradients are asked for. Random states are restored, so dropout draws the
-    same again. Raises VlmError if the model has no layer that can be computed again.
+    same again. Under autocast, switch its cache off: it would keep a copy of every weight until the forward pass ends.
+    Raises VlmError if the model has no layer that can be computed again.
     """
     layers = transformer_layers(model)
     if not layers:

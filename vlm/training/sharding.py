@@ -21,6 +21,7 @@ def shard_task(task: Task, recipe: Recipe, world: int, device: torch.device, pre
     Beside language models a step gathers all that learns at once: objectives that compare the whole batch read it in
     several passes. Frozen encoders stay whole: one of images runs where a batch shows some, and shards need all
     processes to run the same layers. So do single numbers (logit scale, temperature), see `average_whole_gradients`.
+    In bf16 language models' layers are gathered as bf16; their gradients are added up, and shards kept, in fp32.
     Raises VlmError where sharding cannot work, naming the key.
     """
     _check(recipe, world, device, precision)
@@ -34,17 +35,18 @@ def shard_task(task: Task, recipe: Recipe, world: int, device: torch.device, pre
     language: nn.Module = getattr(task.model, "language_model", nn.Module())
     for module in language.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=_gathered_as(precision))
             module.register_forward_pre_hook(_with_gradient, with_kwargs=True, prepend=True)
     fully_shard(task, mesh=mesh, ignored_params=set(stays_whole(task.model)))
     register_fsdp_forward_method(task, "first_pass")
 
 
 @contextmanager
-def gathered(task: nn.Module) -> Iterator[None]:
+def gathered(task: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
     """Let every process hold the whole of a sharded model meanwhile, so that each can run it, or not, as it likes.
 
-    For all processes together; without gradients. What has no shards stays as it is.
+    For all processes together; without gradients. What has no shards stays as it is. In bf16 it runs under autocast, as
+    in training: layers are gathered as bf16, and the rest is not.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -54,8 +56,10 @@ def gathered(task: nn.Module) -> Iterator[None]:
     for part in parts:
         part.unshard()
         part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+    mixed = bool(parts) and precision == "bf16"
     try:
-        yield
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            yield
     finally:
         for part, before, after in hooks:
             part._forward_pre_hooks, part._forward_hooks = before, after
@@ -76,6 +80,15 @@ def average_whole_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             dist.all_reduce(gradient)
             parameter.grad = gradient / dist.get_world_size()
+
+
+def _gathered_as(precision: str) -> Any:
+    """The policy of layers: the type that autocast would cast them to, half of what is sent and held; inputs stay."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if precision != "bf16":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _with_gradient(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
