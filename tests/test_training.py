@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,30 @@ def test_metrics_go_to_tensorboard_where_asked(tiny_folder, data, tmp_path):
     pytest.importorskip("tensorboard")
     train(tiny_recipe(tiny_folder, data, tmp_path / "run", steps=2, track=["tensorboard"]), quiet=True)
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_samples_and_checkpoints_take_no_time_of_the_rates(tiny_folder, data, tmp_path, monkeypatch):
+    """On a clock that goes on in them alone, and a second in each step."""
+    now = 0.0
+    monkeypatch.setattr("vlm.training.meter.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("vlm.training.loop.matmul_peak", lambda *_: 1.0)
+
+    def taking(seconds, run):
+        def slow(*given):
+            nonlocal now
+            now += seconds
+            return run(*given)
+
+        return slow
+
+    recipe = tiny_recipe(tiny_folder, data, tmp_path / "run", steps=6, sample_every=2, checkpoint_every=2)
+    trainer = Trainer(recipe, quiet=True)
+    trainer.train_step = taking(1.0, trainer.train_step)
+    for name in ("_show_samples", "save"):
+        monkeypatch.setattr(trainer, name, taking(100.0, getattr(trainer, name)))
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["samples_per_s"] for line in lines] == [4.0] * 6
 
 
 def test_cached_features_do_not_change_the_result(tiny_folder, data, tmp_path):

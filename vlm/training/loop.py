@@ -158,18 +158,20 @@ class Trainer:
         with on_sigterm(self.stop), self.report.bar(self.step, self.steps):
             while self.step < self.steps and not self._should_stop():
                 if self._evaluation_is_due():
-                    self._evaluate()
+                    with self.meter.paused():
+                        self._evaluate()
                 losses = self.train_step(self._samples(self.step), self._samples(self.step + 1))
                 self.step += 1
                 self.unlogged += [losses] if losses else []
                 if self.step % section.log_every == 0 or self.step == self.steps:
                     metrics = self._log(self.unlogged)
                     self.unlogged = []
-                if section.sample_every and (self.step % section.sample_every == 0 or self.step == 1):
-                    self._show_samples()
-                last = self.step == self.steps
-                if last or self.step % section.checkpoint_every == 0 or self._evaluation_is_due():
-                    self.save()
+                with self.meter.paused():
+                    if section.sample_every and (self.step % section.sample_every == 0 or self.step == 1):
+                        self._show_samples()
+                    last = self.step == self.steps
+                    if last or self.step % section.checkpoint_every == 0 or self._evaluation_is_due():
+                        self.save()
         finished = self.step >= self.steps
         if finished:
             self._finish()

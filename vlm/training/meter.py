@@ -3,6 +3,8 @@
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,6 +63,15 @@ class Meter:
         self.tokens += tokens
         self.trained += trained
         self.samples += samples
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile no time passes: rates are those of steps."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.start += time.perf_counter() - begin
 
     def operations_per_second(self) -> float:
         """Matrix operations per second since the last reset."""
