@@ -50,7 +50,7 @@ def test_memory_is_that_of_a_process_of_a_sharded_step(tiny_folder: Callable[...
         alone = case.model_copy(update={"train": case.train.model_copy(update={"fsdp": False})})
         _, _, work = real_step(alone, cached=False)
         precision, less = case.train.precision, case.train.gradient_checkpointing
-        found = measure(case, work, precision, 2, 2, cached=False, checkpointing=less, sharded=True)
+        found = measure(case, work, precision, 2, 2, cached=False, checkpointing=less, shares=2)
         planned = memory(found.held, found.working, accumulates=False, processes=2, sharded=True)
         assert planned.activations + planned.buffers + planned.gradients == pytest.approx(peak, rel=0.15)
 

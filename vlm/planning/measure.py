@@ -49,16 +49,16 @@ def measure(
     mine: int,
     cached: bool,
     checkpointing: bool,
-    sharded: bool = False,
+    shares: int = 1,
 ) -> Measured:
     """Run a micro-batch of `micro` samples of the `mine` that a process takes of each global batch.
 
-    sharded: language models' layers are of the type that they are gathered in, and their gradients are there.
+    shares: into how many sharding cuts gradients; language models' layers are of the type that they are gathered in.
     Raises VlmError where layers cannot be checkpointed, or a part's configuration is not known.
     """
     model = build_on_meta(recipe.model, recipe.trainable, precision)
     parameters, trained, found = part_sizes(model), trained_sizes(model), held(model, precision)
-    layers = language_layers(model) if sharded else []
+    layers = language_layers(model) if shares > 1 else []
     for layer in layers if precision == "bf16" else []:
         layer.to(torch.bfloat16)
     names = tuple(spec.name for spec in recipe.objectives)
@@ -70,8 +70,10 @@ def measure(
     if checkpointing:
         checkpoint_layers(model)
     with mode:
-        for part in layers if sharded else [model] if accumulates else []:
-            for parameter in part.parameters():
+        if shares > 1:
+            _share_gradients(layers, shares, new=not accumulates)
+        elif accumulates:
+            for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
         whole = recipe.train.batch_size if compares and not accumulates else 0
@@ -89,6 +91,21 @@ def measure(
                 flops["contrast"] = contrast
                 working = max(working, peak)
     return Measured(parameters, trained, found, flops, working)
+
+
+def _share_gradients(layers: list[nn.Module], shares: int, new: bool) -> None:
+    """Let layers' gradients go when they are there, and if `new` leave one share of each."""
+    kept = []
+
+    def share(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+        if new:
+            kept.append(torch.empty(-(-parameter.numel() // shares)))
+
+    for layer in layers:
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(share)
 
 
 def _per_sample(cost: Cost, samples: int) -> dict[str, tuple[float, float]]:

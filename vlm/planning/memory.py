@@ -81,8 +81,8 @@ def memory(
 ) -> Memory:
     """Bytes on one GPU.
 
-    working: most bytes alive in a micro-batch, with gradients unless it `accumulates` into those that are there; where
-    `sharded`, with those of no layer.
+    working: most bytes alive in a micro-batch, with gradients or a share of them unless it `accumulates` into what is
+    there.
     """
     shares = processes if sharded else 1
     weights = found.weights - found.apart
@@ -93,14 +93,13 @@ def memory(
     optimizer = found.trained * OPTIMISER_BYTES / shares
     # The gradients of a first micro-batch come while its activations go.
     activations = working if accumulates else max(working - gradients, 0.0)
-    stepping = 0.0
     buffers = 0.0
     if sharded:
-        stepping = max(gradients, found.rest_gradients)  # AdamW is fused where tensors are whole
+        activations = max(activations, found.rest_gradients)
         buffers = 2.0 * found.layer + found.layer_gradients + found.rest
     elif processes > 1:
         buffers = float(found.trained * GRADIENT_BYTES)
-    return Memory(weights / shares + apart, gradients, optimizer, max(activations, stepping), buffers)
+    return Memory(weights / shares + apart, gradients, optimizer, activations, buffers)
 
 
 def language_layers(model: nn.Module) -> list[nn.Module]:

@@ -124,13 +124,17 @@ class _Trial:
     def __init__(self, recipe: Recipe, work: Any, precision: str, mine: int, cached: bool, gpus: int) -> None:
         self.recipe, self.work, self.precision = recipe, work, precision
         self.mine, self.cached, self.gpus = mine, cached, gpus
-        self._made: dict[tuple[int, bool, bool], Measured] = {}
+        self._made: dict[tuple[int, bool, int], Measured] = {}
 
     def measured(self, micro: int, checkpointing: bool, sharded: bool) -> Measured:
         """The measurement. Raises VlmError where layers cannot be checkpointed."""
-        key = micro, checkpointing, sharded and self._language is not None  # whose layers are gathered one by one
+        # A language model's layers are shared one by one; gradients of what is gathered at once are whole till the end.
+        shares = self.gpus if sharded and self._language is not None else 1
+        key = micro, checkpointing, shares
         if key not in self._made:
-            self._made[key] = measure(self.recipe, self.work, self.precision, micro, self.mine, self.cached, *key[1:])
+            self._made[key] = measure(
+                self.recipe, self.work, self.precision, micro, self.mine, self.cached, checkpointing, shares
+            )
         return self._made[key]
 
     def memory(self, micro: int, checkpointing: bool, sharded: bool, four_bits: bool = False) -> Memory:

@@ -28,18 +28,20 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
     depth = 1 + max((int(found[1]) for name, _ in named if (found := _IMAGE_LAYER.match(name))), default=-1)
     if section.image_layer_decay != 1 and not depth:
         raise VlmError("optimizer.image_layer_decay: no layer of the image encoder learns: name it in `trainable`")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         lr = next((value for pattern, value in section.groups.items() if fnmatchcase(name, pattern)), section.lr)
         lr *= section.image_layer_decay ** layers_behind(name, depth)
         decay = section.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((lr, decay), []).append(parameter)
+        alone = parameter.ndim == 0  # never in shards: one update cannot have both
+        groups.setdefault((lr, decay, alone), []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: item[0][0] != section.lr)  # the first one's rate is logged
     return torch.optim.AdamW(
-        [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay), members in ordered],
+        [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay} for (lr, decay, _), members in ordered],
         betas=section.betas,
         eps=section.eps,
-        fused=_can_fuse(parameter for _, parameter in named),
+        # The update as one kernel, and without copies: adapters are hundreds of small tensors.
+        fused=all(parameter.device.type in ("cpu", "cuda") for _, parameter in named),
     )
 
 
@@ -59,11 +61,6 @@ def layers_behind(name: str, depth: int) -> int:
     if found := _IMAGE_LAYER.match(name):
         return depth - int(found[1])
     return depth + 1 if _EMBEDDING.search(name) else 1
-
-
-def _can_fuse(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether the update can be one kernel: adapters are hundreds of small tensors."""
-    return all(p.device.type in ("cpu", "cuda") and not isinstance(p, DTensor) for p in parameters)
 
 
 def schedule_factor(section: ScheduleSection, step: int, steps: int) -> float:
