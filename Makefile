@@ -23,8 +23,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A worker a core, so a thread a worker: more would wait for each other.
 test: lint
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 quickstart: setup
 	$(BIN)/python -m vlm.cli.main quickstart
