@@ -12,7 +12,7 @@ from test_qformer_model import qformer_recipe
 from training_parts import assert_same_runs, caption_benchmark, conversations, losses, run_in_processes, tiny_recipe
 
 from vlm import VlmError, train
-from vlm.models.build import build_model
+from vlm.models.build import build_model, read_weights
 from vlm.training.checkpoints import newest_checkpoint
 from vlm.training.sharding import shard_task
 from vlm.training.task import Task
@@ -188,6 +188,9 @@ def test_shards_in_bf16_learn_what_one_process_learns(sharded, scored, whole_lan
         torch.testing.assert_close(
             losses(folder / f"shards-{output}"), losses(folder / f"one-{output}"), rtol=2e-3, atol=0
         )
+    for run in ("shards-half", "one-half"):  # the best model is kept as it learned, not as it was gathered
+        kept = read_weights(folder / run / "best" / "trained.safetensors")
+        assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
 def test_a_whole_run_goes_on_sharded(sharded, one, folder):

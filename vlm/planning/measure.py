@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlm.models.meta import build_on_meta, part_sizes, trained_sizes
 from vlm.planning.fake import make_fake
-from vlm.planning.memory import Held, held, language_layers
+from vlm.planning.memory import Held, held
 from vlm.planning.parts import step_parts
 from vlm.planning.step import Cost, run_step
 from vlm.planning.workload import Workload
 from vlm.recipe import Recipe
 from vlm.training.memory import checkpoint_layers
+from vlm.training.sharding import language_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vlm.training.memory import transformer_layers
-from vlm.training.sharding import stays_whole
+from vlm.training.sharding import language_layers, stays_whole
 
 OPTIMISER_BYTES, GRADIENT_BYTES = 8, 4  # AdamW's two moments and the gradient of a trained parameter, all in fp32
 NF4_BYTES = 0.516  # of a weight in 4 bits, with the scales of its blocks (Dettmers et al. 2023)
@@ -100,11 +99,6 @@ def memory(
     elif processes > 1:
         buffers = float(found.trained * GRADIENT_BYTES)
     return Memory(weights / shares + apart, gradients, optimizer, activations, buffers)
-
-
-def language_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that sharding gathers one after the other."""
-    return transformer_layers(getattr(model, "language_model", nn.Module()))
 
 
 def _learns(tensor: Tensor) -> bool:

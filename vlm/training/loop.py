@@ -337,15 +337,8 @@ class Trainer:
         """Score the model as it is, and keep it if it is the best by the first benchmark."""
         self.model.eval()
         with gathered(self.task, self.device, self.precision):
-            self._score()
-        self.scored = self.step
-        if self.rank == 0:
-            amend_checkpoint(self.folder.checkpoints, self._state())
-        self.model.train()
-        self.accelerator.wait_for_everyone()
-
-    def _score(self) -> None:
-        for number, (name, score) in enumerate(scores_of(self.model, self.recipe.evaluation, self.folder.path)):
+            scores = list(scores_of(self.model, self.recipe.evaluation, self.folder.path))
+        for number, (name, score) in enumerate(scores):  # behind it: what is kept comes from shards, which are fp32
             best = number == 0 and score > self.best.get("score", -math.inf)
             if best:
                 self.best = {"benchmark": name, "score": score, "step": self.step}
@@ -355,6 +348,11 @@ class Trainer:
                 if best:
                     save_model_folder(self.model, self.recipe.trainable, self.folder.best, weights)
             self.report.say(f"step {self.step}: {name} {score:.1f}")
+        self.scored = self.step
+        if self.rank == 0:
+            amend_checkpoint(self.folder.checkpoints, self._state())
+        self.model.train()
+        self.accelerator.wait_for_everyone()
 
     # ---- save -----------------------------------------------------------------------------------------------
 

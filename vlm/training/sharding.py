@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from vlm.errors import VlmError
 from vlm.recipe import Recipe
+from vlm.training.memory import transformer_layers
 from vlm.training.task import Task
 
 
@@ -27,16 +28,13 @@ def shard_task(task: Task, recipe: Recipe, world: int, device: torch.device, pre
     _check(recipe, world, device, precision)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     for parameter in task.parameters():  # weights of a convolution may lie channels last, which shards cannot
         parameter.data = parameter.data.contiguous()
     mesh = init_device_mesh(device.type, (world,))
-    language: nn.Module = getattr(task.model, "language_model", nn.Module())
-    for module in language.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            fully_shard(module, mesh=mesh, mp_policy=_gathered_as(precision))
-            module.register_forward_pre_hook(_with_gradient, with_kwargs=True, prepend=True)
+    for layer in language_layers(task.model):
+        fully_shard(layer, mesh=mesh, mp_policy=_gathered_as(precision))
+        layer.register_forward_pre_hook(_with_gradient, with_kwargs=True, prepend=True)
     fully_shard(task, mesh=mesh, ignored_params=set(stays_whole(task.model)))
     register_fsdp_forward_method(task, "first_pass")
 
@@ -64,6 +62,11 @@ def gathered(task: nn.Module, device: torch.device, precision: str) -> Iterator[
         for part, before, after in hooks:
             part._forward_pre_hooks, part._forward_hooks = before, after
             part.reshard()
+
+
+def language_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that sharding gathers one after the other."""
+    return transformer_layers(getattr(model, "language_model", nn.Module()))
 
 
 def stays_whole(model: nn.Module) -> list[nn.Parameter]:
